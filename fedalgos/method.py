@@ -1,0 +1,151 @@
+"""The one interface that every federated method implements.
+
+    plan (coordinator) -> local (node) -> aggregate (coordinator) -> apply (both)
+
+A method is these functions over flat fp32 vectors.  None keeps state, reads a clock,
+logs, or draws from a global generator; hyperparameters are closed over by the factory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct
+
+from protocol.noise import Direction
+from protocol.payload import Flat, Payload
+
+S = TypeVar("S")  # what the server keeps between rounds
+Vector = Any  # a flat fp32 array of the oracle's device: numpy in tests, torch on a node
+Batch = Any  # opaque: made by the node, read by the oracle
+
+Positive = Annotated[float, Meta(gt=0, le=1e6)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e6)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class Oracle(Protocol):
+    """The model seen from a method: losses and derivatives of flat vectors, per batch.
+
+    All loss values are means over the batch's examples, without dropout.
+    """
+
+    def array(self, x: Flat) -> Vector:
+        """A private copy of ``x`` on the oracle's device."""
+
+    def numpy(self, x: Vector) -> Flat:
+        """Back to numpy, float32, a copy or not."""
+
+    def loss(self, x: Vector, batch: Batch) -> float:
+        """f(x)."""
+
+    def grad(self, x: Vector, batch: Batch) -> tuple[float, Vector]:
+        """f(x) and its gradient, by backpropagation."""
+
+    def jvp(self, x: Vector, direction: Direction, batch: Batch) -> tuple[float, float]:
+        """f(x) and its directional derivative, in one forward pass (forward mode)."""
+
+    def losses(
+        self, x: Vector, direction: Direction, eps: float, batch: Batch
+    ) -> tuple[float, float]:
+        """f(x + eps z) and f(x - eps z); ``x`` is left bit for bit as it was."""
+
+    def add_(self, x: Vector, alpha: float, direction: Direction) -> None:
+        """X += alpha z in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one client is asked to train; no units means everything."""
+
+    client: int
+    units: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Where a local run stands: the coordinates of its randomness, and its part."""
+
+    seed: int
+    round: int
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """A client's accepted update; ``examples`` is how many it processed, its weight."""
+
+    assignment: Assignment
+    examples: int
+    payload: Payload
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name"):
+    """The part of the ``[method]`` section that all methods share.
+
+    Attributes:
+        batch_size: examples per mini-batch.
+        steps: mini-batches per client and round; 0 means one pass over the client's data.
+    """
+
+    batch_size: Count = 16
+    steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[S]):
+    """A federated method as plain functions.
+
+    Attributes:
+        init: parameters -> (server state, step to publish before round 1 or None).
+        plan: (round, cohort in the order drawn) -> an assignment for each.
+        local: (parameters, oracle, batches, work) -> (payload, mean loss); on the node.
+        accepts: (assignment, payload) -> None, or why it cannot be an answer to it.
+        aggregate: (state, parameters, round, contributions) -> (state, step payload).
+            Consumes lazily, holds one update at a time; the caller orders by client.
+        apply: (parameters, round, step payload) -> new parameters, deterministic to the bit.
+        absolute: a step replaces the parameters, so that earlier steps need not be known.
+        needs_jvp: the oracle must offer forward mode.
+    """
+
+    init: Callable[[Flat], tuple[S, Payload | None]]
+    plan: Callable[[int, Sequence[int]], tuple[Assignment, ...]]
+    local: Callable[[Flat, Oracle, Iterable[Batch], Work], tuple[Payload, float]]
+    accepts: Callable[[Assignment, Payload], str | None]
+    aggregate: Callable[[S, Flat, int, Iterable[Contribution]], tuple[S, Payload]]
+    apply: Callable[[Flat, int, Payload], Flat]
+    absolute: bool
+    needs_jvp: bool = False
+
+
+def everything(round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
+    """The plan of methods in which every client trains everything."""
+    del round
+    return tuple(Assignment(client) for client in cohort)
+
+
+class Mean:
+    """A weighted mean that holds one running sum, in float64."""
+
+    def __init__(self, size: int) -> None:
+        self._sum: npt.NDArray[np.float64] = np.zeros(size)
+        self._weight = 0.0
+
+    def add(self, weight: float, x: Flat) -> None:
+        self._sum += np.float64(weight) * x
+        self._weight += weight
+
+    def value(self) -> npt.NDArray[np.float64]:
+        """The mean so far.
+
+        Raises:
+            ValueError: nothing was added; a round below quorum must not reach here.
+        """
+        if self._weight == 0.0:
+            raise ValueError("mean of no updates")
+        return self._sum / self._weight

@@ -1,0 +1,46 @@
+"""From the ``[method]`` table of an experiment to a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, assert_never
+
+import msgspec
+
+from fedalgos.fedavg import FedAvg, fedavg
+from fedalgos.fedmezo import FedMezo, fedmezo
+from fedalgos.flasc import Flasc, flasc
+from fedalgos.method import Method
+from fedalgos.space import ParamSpace
+from fedalgos.spry import Spry, spry
+from protocol.errors import ExperimentError
+
+AnySettings = FedAvg | FedMezo | Spry | Flasc
+
+
+def settings(table: Mapping[str, Any]) -> AnySettings:
+    """Decode the ``[method]`` table against the settings of the method it names.
+
+    Raises:
+        ExperimentError: naming the path of the fault.
+    """
+    try:
+        decoded: AnySettings = msgspec.convert(table, AnySettings)
+    except msgspec.ValidationError as error:
+        raise ExperimentError(f"[method] {error}") from error
+    return decoded
+
+
+def build(o: AnySettings, space: ParamSpace, seed: int) -> Method[Any]:
+    """The method over a parameter space; ``seed`` is the run's."""
+    match o:
+        case FedAvg():
+            return fedavg(o, space)
+        case FedMezo():
+            return fedmezo(o, space, seed)
+        case Spry():
+            return spry(o, space, seed)
+        case Flasc():
+            return flasc(o, space)
+        case _:
+            assert_never(o)

@@ -1,0 +1,102 @@
+"""``ParamSpace``: the trained tensors as one flat fp32 vector, cut into units."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from protocol.messages import TensorInfo
+from protocol.payload import Flat
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A run of tensors that a method hands out together, e.g. a LoRA pair or the head."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ParamSpace:
+    """Names, shapes and places of the trained tensors, in a fixed order.
+
+    Attributes:
+        tensors: name, shape and unit of each; those of one unit stand together.
+        offsets: (len(tensors) + 1,) places in the flat vector; the last is its size.
+        units: the runs of the flat vector that belong together.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    offsets: tuple[int, ...]
+    units: tuple[Unit, ...]
+
+    @staticmethod
+    def of(tensors: Sequence[TensorInfo]) -> ParamSpace:
+        """Lay the tensors out in order.
+
+        Raises:
+            ValueError: no tensors, or a unit whose tensors do not stand together.
+        """
+        if not tensors:
+            raise ValueError("no tensor is trained")
+        sizes = (math.prod(t.shape) for t in tensors)
+        offsets = tuple(itertools.accumulate(sizes, initial=0))
+        spans: dict[str, tuple[int, int]] = {}
+        for info, start, stop in zip(tensors, offsets, offsets[1:], strict=False):
+            first, last = spans.get(info.unit, (start, start))
+            if last != start:
+                raise ValueError(f"unit {info.unit} is scattered")
+            spans[info.unit] = (first, stop)
+        units = tuple(Unit(name, *span) for name, span in spans.items())
+        return ParamSpace(tuple(tensors), offsets, units)
+
+    @property
+    def size(self) -> int:
+        """How many numbers are trained."""
+        return self.offsets[-1]
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that two sides compare before they exchange flat vectors."""
+        return hashlib.blake2b(msgspec.json.encode(self.tensors), digest_size=16).digest()
+
+    def ranges(self, units: Sequence[int] = ()) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of the units, or of everything when none are named."""
+        if not units:
+            return ((0, self.size),)
+        return tuple((self.units[u].start, self.units[u].stop) for u in units)
+
+    def count(self, units: Sequence[int] = ()) -> int:
+        """How many numbers the units hold."""
+        return sum(stop - start for start, stop in self.ranges(units))
+
+    def take(self, x: Flat, units: Sequence[int] = ()) -> Flat:
+        """The units' numbers in order, a copy."""
+        return np.concatenate([x[start:stop] for start, stop in self.ranges(units)])
+
+    def put(self, x: Flat, values: Flat, units: Sequence[int] = ()) -> Flat:
+        """A copy of ``x`` with the units' numbers replaced."""
+        out, at = x.copy(), 0
+        for start, stop in self.ranges(units):
+            out[start:stop] = values[at : at + stop - start]
+            at += stop - start
+        return out
+
+    def named(self, x: Flat) -> Mapping[str, Flat]:
+        """The tensors by name, views of ``x`` in their shapes."""
+        places = zip(self.tensors, self.offsets, self.offsets[1:], strict=False)
+        return {t.name: x[start:stop].reshape(t.shape) for t, start, stop in places}
+
+
+def digest(x: Flat) -> bytes:
+    """16 bytes over the parameters' own bits: replicas agree or they do not."""
+    data = np.ascontiguousarray(x, "<f4")
+    return hashlib.blake2b(data.data.cast("B"), digest_size=16).digest()

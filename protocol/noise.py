@@ -1,0 +1,138 @@
+"""The shared-noise stream: the same key means the same numbers on every machine.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11)
+turns (key, counter) into 128 bits; the counter is the element index divided by 8, so
+element i is the i-th 16-bit lane of the stream, wherever and in whatever split it is
+generated.  A normal is a table look-up of its 16 bits: integers and one table, no
+libm.  ``docs/noise.md`` is the specification; this numpy version is the reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+STREAM = "philox4x32-10/normal16/1"
+LANES = 8  # 16-bit lanes in one 128-bit block
+SPAN = 1 << 16  # elements generated at once: bounds memory, does not change a bit
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW, _HALF_WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
+_TABLE_SHA256 = "e230179c3827e615b4f063e99741aa697a3a8925635cf89f6dddf2f8182450ef"
+
+
+def _load_table() -> npt.NDArray[np.float32]:
+    data = (Path(__file__).parent / "normals.f32").read_bytes()
+    if hashlib.sha256(data).hexdigest() != _TABLE_SHA256:
+        raise RuntimeError("protocol/normals.f32 is damaged: reinstall seedwire")
+    upper = np.frombuffer(data, "<f4").astype(np.float32)
+    return np.concatenate([upper, -upper])  # bit 15 is the sign
+
+
+_NORMALS = _load_table()
+
+
+def key(purpose: str, *fields: int) -> int:
+    """The 64-bit key for one purpose and its coordinates, e.g. (run, round, client, step, k).
+
+    blake2b, personalised with the purpose (at most 16 bytes), over the fields as
+    little-endian signed 64-bit integers.
+    """
+    data = struct.pack(f"<{len(fields)}q", *fields)
+    digest = hashlib.blake2b(data, digest_size=8, person=purpose.encode()).digest()
+    return int.from_bytes(digest, "little")
+
+
+def philox(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray[np.uint32]:
+    """Philox4x32 with 10 rounds.
+
+    Args:
+        counter: (4, n) words, least significant first.
+        key: two 32-bit words, least significant first.
+
+    Returns:
+        (4, n) random words.
+    """
+    c0, c1, c2, c3 = counter.astype(np.uint64)
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1  # 32 x 32 -> 64 bits, exact
+        c0 = (p1 >> _HALF_WORD) ^ c1 ^ np.uint64(k0)
+        c1 = p1 & _LOW
+        c2 = (p0 >> _HALF_WORD) ^ c3 ^ np.uint64(k1)
+        c3 = p0 & _LOW
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3]).astype(np.uint32)
+
+
+def bits(key: int, start: int, stop: int) -> npt.NDArray[np.uint16]:
+    """Elements ``start`` to ``stop`` of the stream of 16-bit lanes."""
+    first, last = start // LANES, -(-stop // LANES)
+    block = np.arange(first, last, dtype=np.uint64)
+    zero = np.zeros_like(block)
+    counter = np.stack([block & _LOW, block >> _HALF_WORD, zero, zero]).astype(np.uint32)
+    words = philox(counter, (key & 0xFFFFFFFF, key >> 32))
+    lanes = np.ascontiguousarray(words.T.astype("<u4")).view("<u2").reshape(-1)
+    return lanes[start - first * LANES : stop - first * LANES].astype(np.uint16, copy=False)
+
+
+def normals(key: int, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """Elements ``start`` to ``stop`` of the standard normal stream: mean 0, variance 1."""
+    return _NORMALS[bits(key, start, stop)]
+
+
+def uniforms(key: int, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """Elements of the uniform stream on (-1, 1): (2 k + 1 - 65536) / 65536, exact in fp32."""
+    lanes = bits(key, start, stop).astype(np.int32)
+    return (2 * lanes + 1 - 65536).astype(np.float32) * np.float32(2.0**-16)
+
+
+def rademachers(key: int, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """Elements of the sign stream: +1 where bit 15 is 0, else -1."""
+    return np.where(bits(key, start, stop) >> 15, np.float32(-1), np.float32(1))
+
+
+def permutation(key: int, n: int) -> npt.NDArray[np.int64]:
+    """A permutation of range(n): element i sorts by lanes 4 i to 4 i + 3, ties by i."""
+    words = bits(key, 0, 4 * n).astype("<u2").view("<u8")
+    return np.argsort(words, kind="stable")
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """A direction that needs no memory: normal on ``ranges``, zero elsewhere.
+
+    The counter is the global element index, so a part of a direction is the same
+    numbers as that part of the whole.
+    """
+
+    key: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def spans(self) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+        """The non-zero parts, a bounded piece at a time."""
+        for first, last in self.ranges:
+            for start in range(first, last, SPAN):
+                stop = min(start + SPAN, last)
+                yield slice(start, stop), normals(self.key, start, stop)
+
+    def dense(self, size: int) -> npt.NDArray[np.float32]:
+        """The whole vector, (size,)."""
+        z = np.zeros(size, np.float32)
+        for span, values in self.spans():
+            z[span] = values
+        return z
+
+
+def add_(x: npt.NDArray[np.float32], alpha: float, direction: Direction) -> None:
+    """Add alpha * z to x in place: one fp32 product, then one fp32 sum, never fused."""
+    scale = np.float32(alpha)
+    for span, z in direction.spans():
+        x[span] += scale * z

@@ -1,0 +1,178 @@
+"""What an update or a step carries: scalars, a sparse vector, or a dense one.
+
+Each kind has a *spec*, which travels in the message body and declares the size of
+the buffer before anything is encoded, and a value with numpy arrays.  ``encode``
+makes one buffer from a value, ``decode`` refuses every buffer that ``encode`` could
+not have made.  What the numbers mean is the method's business (``fedalgos``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct
+
+from protocol.wire import RemoteProtocolError
+
+Flat = npt.NDArray[np.float32]
+Size = Annotated[int, Meta(ge=0, le=1 << 40)]
+ClientId = Annotated[int, Meta(ge=0, lt=1_000_000)]
+Scale = Annotated[float, Meta(ge=-1e30, le=1e30)]  # both bounds: refuses inf and NaN
+F32 = np.dtype("<f4")
+U32 = np.dtype("<u4")
+
+
+class Run(Struct, frozen=True, array_like=True):
+    """One client's consecutive scalars: ``count`` of them, each to be scaled by ``scale``."""
+
+    client: ClientId
+    count: Size
+    scale: Scale = 1.0
+
+
+class ScalarsSpec(Struct, frozen=True, tag="scalars", tag_field="kind"):
+    """4 bytes each; the directions they belong to are implied by the run's seed."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * sum(run.count for run in self.runs)
+
+
+class SparseSpec(Struct, frozen=True, tag="sparse", tag_field="kind"):
+    """``count`` of ``size`` entries: their values, then their places."""
+
+    size: Size
+    count: Size
+    places: Literal["bitmap", "u32"]
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.count + _places_nbytes(self.places, self.size, self.count)
+
+
+class DenseSpec(Struct, frozen=True, tag="dense", tag_field="kind"):
+    """``count`` values: all the trained parameters, or those of the ``units`` in order."""
+
+    count: Size
+    units: tuple[Size, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.count
+
+
+Spec = ScalarsSpec | SparseSpec | DenseSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Scalars:
+    """values: (sum of the runs' counts,) float32, run after run."""
+
+    runs: tuple[Run, ...]
+    values: Flat
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """places: (count,) increasing indices below ``size``; values: (count,) float32."""
+
+    size: int
+    places: npt.NDArray[np.int64]
+    values: Flat
+
+    def dense(self) -> Flat:
+        """The vector with zeros filled in, (size,)."""
+        out = np.zeros(self.size, F32)
+        out[self.places] = self.values
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """values: (count,) float32; ``units`` empty means every unit."""
+
+    values: Flat
+    units: tuple[int, ...] = ()
+
+
+Payload = Scalars | Sparse | Dense
+
+
+def spec_of(payload: Payload) -> Spec:
+    """The wire description, which knows the encoded size without encoding."""
+    match payload:
+        case Scalars(runs=runs):
+            return ScalarsSpec(runs)
+        case Sparse(size=size, places=places):
+            count = len(places)
+            by_size = sorted(("bitmap", "u32"), key=lambda p: _places_nbytes(p, size, count))
+            return SparseSpec(size, count, msgspec.convert(by_size[0], Literal["bitmap", "u32"]))
+        case Dense(values=values, units=units):
+            return DenseSpec(len(values), units)
+
+
+def encode(payload: Payload) -> memoryview:
+    """The payload as one buffer of ``spec_of(payload).nbytes`` bytes."""
+    values = np.ascontiguousarray(payload.values, F32)
+    if isinstance(payload, Sparse):
+        if spec_of(payload).places == "bitmap":  # type: ignore[union-attr]
+            mask = np.zeros(payload.size, bool)
+            mask[payload.places] = True
+            places = np.packbits(mask, bitorder="little").tobytes()
+        else:
+            places = payload.places.astype(U32).tobytes()
+        return memoryview(values.tobytes() + places)
+    return values.data.cast("B")
+
+
+def decode(spec: Spec, buffer: bytes | memoryview) -> Payload:
+    """The value a buffer stands for; a dense one shares the buffer's memory.
+
+    Raises:
+        RemoteProtocolError: wrong size, a value that is not finite, or places that
+            are not strictly increasing indices below the size.
+    """
+    if len(buffer) != spec.nbytes:
+        raise RemoteProtocolError(f"payload of {len(buffer)} bytes, spec says {spec.nbytes}")
+    match spec:
+        case ScalarsSpec(runs=runs):
+            return Scalars(runs, _finite(np.frombuffer(buffer, F32)))
+        case DenseSpec(units=units):
+            return Dense(_finite(np.frombuffer(buffer, F32)), units)
+        case SparseSpec(size=size, count=count, places=coding):
+            values = _finite(np.frombuffer(buffer, F32, count))
+            return Sparse(size, _places(coding, size, count, buffer[4 * count :]), values)
+
+
+def _finite(values: Flat) -> Flat:
+    """One NaN in an accumulator destroys every replica for ever."""
+    if not np.isfinite(values).all():
+        raise RemoteProtocolError("payload: a value is not finite")
+    return values
+
+
+def _places_nbytes(coding: str, size: int, count: int) -> int:
+    return (size + 7) // 8 if coding == "bitmap" else 4 * count
+
+
+def _places(
+    coding: str, size: int, count: int, buffer: bytes | memoryview
+) -> npt.NDArray[np.int64]:
+    if coding == "bitmap":
+        bits = np.unpackbits(np.frombuffer(buffer, np.uint8), bitorder="little")
+        if bits[size:].any():
+            raise RemoteProtocolError("payload: a place beyond the size")
+        places = np.flatnonzero(bits[:size]).astype(np.int64)
+        if len(places) != count:
+            raise RemoteProtocolError(f"payload: {len(places)} places for {count} values")
+        return places
+    places = np.frombuffer(buffer, U32).astype(np.int64)
+    if count and (places[-1] >= size or (np.diff(places) <= 0).any()):
+        raise RemoteProtocolError("payload: places do not increase, or pass the size")
+    return places
