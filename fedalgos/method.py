@@ -69,9 +69,8 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Where a local run stands: the coordinates of its randomness, and its part."""
+    """Which round a local run belongs to, and its part in it."""
 
-    seed: int
     round: int
     assignment: Assignment
 
@@ -110,7 +109,6 @@ class Method(Generic[S]):
             Consumes lazily, holds one update at a time; the caller orders by client.
         apply: (parameters, round, step payload) -> new parameters, deterministic to the bit.
         absolute: a step replaces the parameters, so that earlier steps need not be known.
-        needs_jvp: the oracle must offer forward mode.
     """
 
     init: Callable[[Flat], tuple[S, Payload | None]]
@@ -120,7 +118,6 @@ class Method(Generic[S]):
     aggregate: Callable[[S, Flat, int, Iterable[Contribution]], tuple[S, Payload]]
     apply: Callable[[Flat, int, Payload], Flat]
     absolute: bool
-    needs_jvp: bool = False
 
 
 def everything(round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:

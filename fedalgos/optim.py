@@ -133,8 +133,8 @@ def server_step(o: Server, s: Moments, x: A, delta: A) -> tuple[Moments, A]:
             m = o.beta1 * m + (1 - o.beta1) * delta
             square = delta**2
             if isinstance(o, Yogi):  # v moves by (1 - beta2) delta^2, up or down
-                over = (v > square) * 1.0 - (v < square) * 1.0  # sign(v - delta^2)
-                v = v - (1 - o.beta2) * square * over
+                signed = (v > square) * square - (v < square) * square  # delta^2 sign(v - delta^2)
+                v = v - (1 - o.beta2) * signed
             else:
                 v = o.beta2 * v + (1 - o.beta2) * square
             return replace(s, m=m, v=v), x + o.lr * m / (v**0.5 + o.tau)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,10 +44,13 @@ class ParamSpace:
         """Lay the tensors out in order.
 
         Raises:
-            ValueError: no tensors, or a unit whose tensors do not stand together.
+            ValueError: no tensors, two of one name, or a unit whose tensors do not stand
+                together.
         """
         if not tensors:
             raise ValueError("no tensor is trained")
+        if twice := [name for name, n in Counter(t.name for t in tensors).items() if n > 1]:
+            raise ValueError(f"two tensors are named {twice[0]}")
         sizes = (math.prod(t.shape) for t in tensors)
         offsets = tuple(itertools.accumulate(sizes, initial=0))
         spans: dict[str, tuple[int, int]] = {}

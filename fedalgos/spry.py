@@ -114,5 +114,4 @@ def spry(o: Spry, space: ParamSpace, seed: int) -> Method[State]:
         aggregate=aggregate,
         apply=apply,
         absolute=False,
-        needs_jvp=True,
     )

@@ -12,6 +12,12 @@ class SeedwireError(Exception):
     exit_code = 1
 
 
+def kind_of(exit_code: int) -> type[SeedwireError] | None:
+    """The error that a process of ours ended with, from its exit code."""
+    kinds = {kind.exit_code: kind for kind in SeedwireError.__subclasses__()}
+    return kinds.get(exit_code)
+
+
 class ExperimentError(SeedwireError):
     """The experiment file cannot be read, has a typo, or asks for the impossible."""
 

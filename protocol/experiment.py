@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from protocol.errors import ExperimentError
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]  # $ lets "\n" in
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Count0 = Annotated[int, Meta(ge=0, le=1_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]  # both bounds, or inf gets in
@@ -31,7 +31,7 @@ class Run(Section, frozen=True, kw_only=True):
     """What this run is called and what all its randomness derives from."""
 
     name: Name
-    seed: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 
 class Model(Section, frozen=True, kw_only=True):
@@ -148,11 +148,13 @@ class Nodes(Section, frozen=True, kw_only=True):
         heartbeat_seconds: how often both sides say they are alive.
         patience_seconds: silence after which the other side counts as lost.
         return_seconds: how long an open round waits for a lost node to come back.
+        start_clients: clients that must be hosted before round 1; 0 means all.
     """
 
     heartbeat_seconds: Seconds = 1.5
     patience_seconds: Seconds = 4.5
     return_seconds: Seconds = 10.0
+    start_clients: Count0 = 0
 
 
 class Experiment(Section, frozen=True, kw_only=True):
@@ -180,7 +182,7 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
         table = msgspec.toml.decode(path.read_bytes())
     except OSError as error:
         raise ExperimentError(f"{path}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ExperimentError(f"{path}: not TOML: {error}") from error
     for text in overrides:
         _override(table, text)

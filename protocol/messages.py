@@ -18,7 +18,7 @@ from protocol.payload import ClientId, Size, Spec
 from protocol.wire import Frame, LocalProtocolError, RemoteProtocolError
 
 Text = Annotated[str, Meta(max_length=2000)]
-NodeName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+NodeName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]  # $ lets "\n" in
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Version = Annotated[int, Meta(ge=0, lt=1 << 53)]
 RoundNumber = Annotated[int, Meta(ge=0, lt=1 << 31)]
@@ -26,6 +26,7 @@ BlobId = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Real = Annotated[float, Meta(ge=-1e30, le=1e30)]  # both bounds: refuses inf and NaN
 Examples = Annotated[int, Meta(ge=0, lt=1 << 40)]
+Weight = Annotated[int, Meta(ge=1, lt=1 << 40)]  # a mean of weight 0 does not exist
 Unit = Annotated[int, Meta(ge=0, lt=1 << 20)]
 
 Phase = Literal["load", "inference", "catch-up", "train", "encode", "evaluate"]
@@ -128,7 +129,7 @@ class Update(Carrier, frozen=True, kw_only=True, tag="update"):
     round: RoundNumber
     attempt: RoundNumber
     client: ClientId
-    examples: Examples
+    examples: Weight
     loss: Real
     costs: tuple[Cost, ...] = ()
 
@@ -266,9 +267,10 @@ def read_refusal(frames: Sequence[Frame]) -> Refuse | None:
     """A refusal from a peer of any protocol version, or None if it is something else."""
     try:
         body, _ = wire.unpack(frames, any_version=True)
-        return msgspec.convert(body, Refuse)
+        message: object = msgspec.convert(body, ToNode)  # a union, so that the tag is required
     except (RemoteProtocolError, msgspec.ValidationError, RecursionError):
         return None
+    return message if isinstance(message, Refuse) else None
 
 
 def _misfit(message: Message, buffers: Sequence[Frame]) -> str | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
@@ -111,8 +110,9 @@ def spec_of(payload: Payload) -> Spec:
             return ScalarsSpec(runs)
         case Sparse(size=size, places=places):
             count = len(places)
-            by_size = sorted(("bitmap", "u32"), key=lambda p: _places_nbytes(p, size, count))
-            return SparseSpec(size, count, msgspec.convert(by_size[0], Literal["bitmap", "u32"]))
+            fits = size <= 1 << 32  # a place in 32 bits
+            wins = _places_nbytes("u32", size, count) < _places_nbytes("bitmap", size, count)
+            return SparseSpec(size, count, "u32" if fits and wins else "bitmap")
         case Dense(values=values, units=units):
             return DenseSpec(len(values), units)
 

@@ -42,9 +42,13 @@ def pack(body: dict[str, Any], buffers: Sequence[Frame] = ()) -> list[Frame]:
     """Encode to multipart frames.
 
     Raises:
-        LocalProtocolError: the body or a buffer is over its limit.
+        LocalProtocolError: the body or a buffer is over its limit, or the body holds what
+            msgpack cannot, e.g. a lone surrogate or an integer over 64 bits.
     """
-    data: bytes = msgpack.packb(body)
+    try:
+        data: bytes = msgpack.packb(body)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise LocalProtocolError(f"body: {type(error).__name__} {error}") from error
     if len(data) > MAX_BODY_BYTES or any(len(b) > MAX_INLINE_BYTES for b in buffers):
         sizes = [len(data), *map(len, buffers)]
         raise LocalProtocolError(f"message of {sizes} bytes is over the limit")
@@ -82,7 +86,13 @@ def unpack(frames: Sequence[Frame], any_version: bool = False) -> tuple[Any, Seq
             max_array_len=1 << 16,
             max_map_len=1 << 10,
             max_ext_len=0,
+            ext_hook=_no_extension,
         )
     except (ValueError, RecursionError) as error:  # msgpack's own errors are ValueErrors
         raise RemoteProtocolError(f"body: {type(error).__name__} {error}".rstrip()) from error
     return body, frames[2:]
+
+
+def _no_extension(code: int, data: bytes) -> None:
+    """An extension of no bytes passes ``max_ext_len``."""
+    raise ValueError(f"extension type {code}")

@@ -1,0 +1,61 @@
+"""The server's half of the method: its state, the parameters, and their version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from coordinator.history import History, Kept
+from fedalgos.method import Assignment, Contribution, Method
+from fedalgos.space import ParamSpace, digest
+from protocol.messages import Step
+from protocol.payload import Dense, Flat, Payload, encode, spec_of
+
+
+class Central:
+    """Parameters that change only by committed steps.
+
+    Attributes:
+        x: the shared parameters, (space.size,) float32.
+        version: how many steps made them.
+        digest: of ``x``; ``first_digest``: of version 0, which nodes build by themselves.
+    """
+
+    def __init__(self, method: Method[Any], space: ParamSpace, x: Flat) -> None:
+        self.method = method
+        self.space = space
+        self.x = x
+        self.version = 0
+        self.digest = self.first_digest = digest(x)
+        self.history = History(4 * space.size, method.absolute)
+        self._state, first = method.init(x)
+        if first is not None:
+            self._take(first, round=0)
+
+    def plan(self, round: int, cohort: tuple[int, ...]) -> Mapping[int, Assignment]:
+        """Each client's assignment in a round."""
+        return {a.client: a for a in self.method.plan(round, cohort)}
+
+    def commit(self, round: int, contributions: Iterable[Contribution]) -> None:
+        """Aggregate and apply a round."""
+        self._state, step = self.method.aggregate(self._state, self.x, round, contributions)
+        self._take(step, round)
+
+    def snapshot(self) -> Kept:
+        """The parameters themselves, as a step that any version can take."""
+        payload = Dense(self.x)
+        message = Step(
+            version=self.version,
+            round=0,
+            digest=self.digest,
+            snapshot=True,
+            payload=spec_of(payload),
+        )
+        return Kept(message, encode(payload))
+
+    def _take(self, step: Payload, round: int) -> None:
+        self.x = self.method.apply(self.x, round, step)
+        self.version += 1
+        self.digest = digest(self.x)
+        message = Step(version=self.version, round=round, digest=self.digest, payload=spec_of(step))
+        self.history.add(Kept(message, encode(step)))

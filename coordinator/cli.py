@@ -1,0 +1,64 @@
+"""``seedwire coordinator``: run an experiment for whichever nodes log in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from protocol import experiment as experiments
+from protocol.errors import ExperimentError
+from protocol.process import command_line
+
+
+def coordinator(
+    experiment: Annotated[Path, typer.Option(help="The experiment file (TOML).")],
+    bind: Annotated[str, typer.Option(help="Where to listen.")] = "tcp://0.0.0.0:5555",
+    runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
+    directory: Annotated[
+        Path | None, typer.Option(help="This run's directory, if it is not to be made in --runs.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override one value.")
+    ] = None,
+    evaluator: Annotated[
+        bool, typer.Option(help="Start the evaluation worker on this machine.")
+    ] = True,
+    lifeline: Annotated[
+        bool, typer.Option("--lifeline", help="End when standard input closes.")
+    ] = False,
+) -> None:
+    """Run an experiment with the nodes that log in, and write its results."""
+    from coordinator import run  # numpy and zmq: not for a mere --help
+
+    with command_line(lifeline):
+        e = experiments.load(experiment, tuple(set_ or ()))
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        place = run.Place(bind, directory or run.run_directory(runs, e.run.name), evaluator)
+        run.run(e, place, Console())
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of finished runs.")],
+    out: Annotated[Path, typer.Option(help="Where the plot and the page go.")] = Path("report"),
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Methods compared",
+) -> None:
+    """Compare runs: a table here, and comparison.png, .html and .json in a directory."""
+    with command_line():
+        try:
+            from coordinator import report as reports
+        except ImportError as error:
+            raise ExperimentError(f"{error}: pip install 'seedwire[report]'") from error
+        curves = [reports.read(run) for run in runs]
+        reports.write(curves, out, title)
+        console = Console()
+        console.print(reports.table(curves, title))
+        console.print(f"{out}/comparison.html  {out}/comparison.png", highlight=False)
+
+
+def main() -> None:
+    """The entry of ``python -m coordinator``."""
+    typer.run(coordinator)

@@ -1,0 +1,228 @@
+"""The desk where nodes log in: frames in, whole messages out, every byte accounted.
+
+It knows connections and logins, chunked transfer and heartbeats; it knows nothing of
+rounds or methods.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from coordinator.history import Kept
+from coordinator.roster import Member, Roster
+from protocol import meter, wire
+from protocol.blobs import Inbox, Outbox
+from protocol.experiment import Nodes
+from protocol.messages import (
+    Beat,
+    Bye,
+    Carrier,
+    Chunk,
+    Hello,
+    Pull,
+    Refuse,
+    ToCoordinator,
+    ToNode,
+    to_coordinator,
+    to_node,
+)
+from protocol.wire import Frame, RemoteProtocolError, VersionError
+
+log = logging.getLogger(__name__)
+
+
+class Transport(Protocol):
+    """What the desk needs of a ROUTER; tests put a scripted network here."""
+
+    def recv(self, within_seconds: float) -> tuple[bytes, list[bytes]] | None: ...
+    def send(self, peer: bytes, frames: list[Frame]) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedIn:
+    """A node came in; ``superseded`` is its earlier login, which is over."""
+
+    member: Member
+    superseded: Member | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """A whole message; ``data`` is its payload's buffer, pulled if need be."""
+
+    member: Member
+    message: ToCoordinator
+    data: Frame | None
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """Somebody broke the protocol; the message was dropped."""
+
+    member: Member | None
+    why: str
+
+
+Arrival = LoggedIn | Delivered | Breach
+
+
+class Desk:
+    """All connections of a run.
+
+    Args:
+        transport: the ROUTER.
+        roster: who may log in and who has.
+        nodes: heartbeat and patience.
+        now: a monotonic clock.
+
+    Attributes:
+        max_payload_bytes: a larger payload is a breach; set once the parameters are known.
+    """
+
+    def __init__(
+        self, transport: Transport, roster: Roster, nodes: Nodes, now: Callable[[], float]
+    ) -> None:
+        self.roster = roster
+        self.meter = meter.Meter()
+        self.max_payload_bytes = 1 << 36
+        self._transport, self._nodes, self._now = transport, nodes, now
+        self._outbox, self._inbox = Outbox(), Inbox[Carrier]()
+        self._offered: dict[tuple[int, bool], int] = {}  # version, snapshot -> blob
+        self._kinds: dict[int, meter.Kind] = {}  # what our own blobs are accounted as
+        self._last_beat = now()
+
+    def receive(self, within_seconds: float) -> Iterator[Arrival]:
+        """Wait for one message and say what arrived with it, if anything is complete."""
+        got = self._transport.recv(within_seconds)
+        if got is None:
+            return
+        peer, frames = got
+        try:
+            message, buffer = to_coordinator.unpack(frames)
+            if isinstance(message, Hello):
+                yield from self._login(peer, message, frames)
+                return
+            member = self.roster.at(peer)
+            if member is None:
+                self._refuse(peer, Refuse(code="login", reason="log in first"))
+                return
+            member.seen = self._now()
+            self._count_up(member, message, frames, buffer)
+            yield from self._sort(member, message, buffer)
+        except VersionError as error:
+            reason = f"{error}: install the same seedwire on both"
+            self._refuse(peer, Refuse(code="version", reason=reason))
+        except RemoteProtocolError as error:
+            yield Breach(self.roster.at(peer), str(error))
+
+    def _login(self, peer: bytes, hello: Hello, frames: list[bytes]) -> Iterator[Arrival]:
+        refusal = self.roster.refuse(hello)
+        if refusal is not None:
+            log.warning("refused: %s", refusal.reason)
+            self._refuse(peer, refusal)
+            return
+        member, old = self.roster.admit(hello, peer, self._now())
+        if old is not None and old.peer != peer:
+            self._inbox.forget(old.peer)
+            reason = f"node {hello.node} logged in again from elsewhere"
+            self._refuse(old.peer, Refuse(code="superseded", reason=reason))
+        self._count_up(member, hello, frames, None)
+        yield LoggedIn(member, old)
+
+    def _sort(
+        self, member: Member, message: ToCoordinator, buffer: Frame | None
+    ) -> Iterator[Arrival]:
+        """Keep transfers to ourselves; pass on what is whole."""
+        match message:
+            case Pull():
+                chunk, data = self._outbox.answer(message)
+                self.send(member, chunk, data)
+            case Chunk():
+                pulls, arrived = self._inbox.take(member.peer, message, buffer)
+                for pull in pulls:
+                    self.send(member, pull)
+                if arrived is not None and arrived.data is not None:
+                    yield Delivered(member, arrived.item, arrived.data)  # type: ignore[arg-type]
+            case Carrier(payload=payload, blob=int(blob)) if payload is not None:
+                if payload.nbytes > self.max_payload_bytes:
+                    raise RemoteProtocolError(f"a payload of {payload.nbytes} bytes")
+                for pull in self._inbox.open(member.peer, blob, payload.nbytes, message):
+                    self.send(member, pull)
+            case _:
+                yield Delivered(member, message, buffer)
+
+    def send(self, member: Member, message: ToNode, buffer: Frame | None = None) -> None:
+        """Send one message; a node that is gone is noticed by its silence."""
+        frames = to_node.pack(message, buffer)
+        kind = meter.kind_of(message)
+        if isinstance(message, Chunk):
+            kind = self._kinds.get(message.blob, kind)
+        elif isinstance(message, Pull):
+            kind = self._arriving_kind(member, message.blob)
+        if self._transport.send(member.peer, frames):
+            key = meter.Key(member.name, "down", kind)
+            self.meter.count(key, frames, meter.payload_bytes(message, buffer))
+
+    def offer(self, member: Member, kept: Kept) -> None:
+        """Send a step, or announce it to be pulled when it is large."""
+        if len(kept.data) <= wire.MAX_INLINE_BYTES:
+            self.send(member, kept.message, kept.data)
+            return
+        key = (kept.message.version, kept.message.snapshot)
+        if key not in self._offered:
+            self._offered[key] = blob = self._outbox.put(kept.data)
+            self._kinds[blob] = meter.kind_of(kept.message)
+        self.send(member, msgspec.structs.replace(kept.message, blob=self._offered[key]))
+
+    def withdraw(self, version: int) -> None:
+        """Stop offering steps up to this version, and snapshots of it."""
+        for key in [key for key in self._offered if key[0] <= version]:
+            blob = self._offered.pop(key)
+            self._outbox.drop(blob)
+            del self._kinds[blob]
+
+    def drop(self, member: Member) -> None:
+        """Forget a node and what was on its way from it."""
+        self._inbox.forget(member.peer)
+        self.roster.drop(member)
+
+    def keep_alive(self) -> list[tuple[Member, str]]:
+        """Beat to everyone once an interval; returns who has been silent for too long."""
+        now, since = self._now(), self._now() - self._last_beat
+        if since < self._nodes.heartbeat_seconds:
+            return []
+        self._last_beat = now
+        for member in self.roster:
+            self.send(member, Beat())
+        if since > self._nodes.patience_seconds:
+            return []  # we ourselves were away: their beats still wait in the queue
+        silent = self.roster.silent(now, self._nodes.patience_seconds)
+        return [(member, f"silent for {now - member.seen:.1f} s") for member in silent]
+
+    def dismiss(self, reason: str, finished: bool) -> None:
+        """Say goodbye to everyone."""
+        for member in self.roster:
+            self.send(member, Bye(reason=reason, finished=finished))
+
+    def _refuse(self, peer: bytes, refusal: Refuse) -> None:
+        self._transport.send(peer, to_node.pack(refusal))
+
+    def _count_up(
+        self, member: Member, message: ToCoordinator, frames: list[bytes], buffer: Frame | None
+    ) -> None:
+        kind = meter.kind_of(message)
+        if isinstance(message, Chunk):
+            kind = self._arriving_kind(member, message.blob)
+        elif isinstance(message, Pull):
+            kind = self._kinds.get(message.blob, kind)
+        key = meter.Key(member.name, "up", kind)
+        self.meter.count(key, frames, meter.payload_bytes(message, buffer))
+
+    def _arriving_kind(self, member: Member, blob: int) -> meter.Kind:
+        item = self._inbox.expects(member.peer, blob)
+        return "control" if item is None else meter.kind_of(item)

@@ -1,0 +1,153 @@
+"""Comparing runs: a table, a plot, and one HTML page that needs nothing else.
+
+Everything shown is read from ``summary.json`` and ``metrics.jsonl`` of the runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, PackageLoader, select_autoescape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from coordinator.view import human_bytes
+from protocol.errors import ExperimentError
+
+COLUMNS = (
+    "method", "trained", "accuracy", "loss", "up / client·round", "down / client·round",
+    "all bytes", "peak memory", "over inference", "seconds",
+)  # fmt: skip
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A finished run: its summary, and what it had cost at each evaluation."""
+
+    summary: dict[str, Any]
+    points: list[dict[str, Any]]  # the lines of metrics.jsonl that have a metric
+
+    @property
+    def label(self) -> str:
+        return str(self.summary["run"])
+
+
+def read(directory: Path) -> Curve:
+    """Read a run directory.
+
+    Raises:
+        ExperimentError: it is not the directory of a finished run.
+    """
+    try:
+        summary = json.loads((directory / "summary.json").read_text())
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise ExperimentError(f"{directory} is not a finished run: {error}") from error
+    return Curve(summary, [p for p in map(json.loads, lines) if "metric" in p])
+
+
+def rows(curves: list[Curve]) -> list[tuple[str, ...]]:
+    """One row of text per run, in the order of ``COLUMNS``."""
+    return [_row(curve.summary) for curve in curves]
+
+
+def _row(s: dict[str, Any]) -> tuple[str, ...]:
+    per, memory = s["bytes"]["per_client_round"], s["memory_bytes"]
+    over = memory["over_inference"]
+    return (
+        s["run"],
+        f"{s['trained_parameters']:,}",
+        f"{s['metric']['before']:.1%} → {s['metric']['after']:.1%}",
+        f"{s['loss']['before']:.3f} → {s['loss']['after']:.3f}",
+        human_bytes(per["message_up"]),
+        human_bytes(per["message_down"]),
+        human_bytes(s["bytes"]["message_up"] + s["bytes"]["message_down"]),
+        human_bytes(memory["train"]) if "train" in memory else "absent",
+        human_bytes(over) if over is not None else "absent",
+        f"{s['seconds']['total']:.0f}",
+    )
+
+
+def table(curves: list[Curve], title: str) -> Table:
+    """The comparison for a terminal."""
+    out = Table(title=title, title_justify="left", header_style="bold", padding=(0, 1))
+    for column in COLUMNS:
+        right = column not in ("method", "accuracy", "loss")
+        out.add_column(column, justify="right" if right else "left")
+    for row in rows(curves):
+        out.add_row(*row)
+    return out
+
+
+def figure(curves: list[Curve]) -> Figure:
+    """Accuracy against bytes, accuracy against seconds, memory per method."""
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        fig = Figure(figsize=(12, 3.8), layout="constrained")
+        against_bytes, against_seconds, memory = fig.subplots(1, 3)
+        for curve, colour in zip(curves, _colours(len(curves)), strict=True):
+            accuracy = [100 * p["metric"] for p in curve.points]
+            sent = [_sent(p) for p in curve.points]
+            style = {"color": colour, "marker": "o", "markersize": 3.5, "label": curve.label}
+            against_bytes.plot(sent[1:], accuracy[1:], **style)
+            against_seconds.plot([p["seconds_total"] for p in curve.points], accuracy, **style)
+        start = 100 * curves[0].points[0]["metric"]
+        against_bytes.axhline(start, color="#888888", linewidth=0.8, linestyle=":")
+        against_bytes.set(
+            xscale="log", xlabel="bytes, both ways, all clients", ylabel="accuracy, %"
+        )
+        against_seconds.set(xlabel="seconds with a round open", ylabel="accuracy, %")
+        against_bytes.legend(frameon=False)
+        _bars(memory, curves)
+        return fig
+
+
+def _sent(point: dict[str, Any]) -> int:
+    return int(point["bytes"]["message_up"] + point["bytes"]["message_down"])
+
+
+def _bars(axes: Axes, curves: list[Curve]) -> None:
+    """Peak resident memory of a node in training, and the part over one inference batch."""
+    labels = [curve.label for curve in curves]
+    peaks = [curve.summary["memory_bytes"].get("train", 0) / 1e9 for curve in curves]
+    over = [(curve.summary["memory_bytes"]["over_inference"] or 0) / 1e9 for curve in curves]
+    base = [peak - extra for peak, extra in zip(peaks, over, strict=True)]
+    axes.barh(labels, base, color="#BBBBBB", label="inference")
+    axes.barh(labels, over, left=base, color=_colours(len(curves)))
+    for row, (peak, extra) in enumerate(zip(peaks, over, strict=True)):
+        axes.text(peak, row, f" +{1000 * extra:.0f} MB", va="center", fontsize=8)
+    axes.set(xlabel="peak resident memory of a node, GB (grey: one inference batch)")
+    axes.set_xlim(0, 1.18 * max([*peaks, 0.001]))
+    axes.invert_yaxis()
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def write(curves: list[Curve], out: Path, title: str) -> None:
+    """Write ``comparison.png``, ``comparison.html`` and ``comparison.json`` into ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    fig = figure(curves)
+    fig.savefig(out / "comparison.png", dpi=150)
+    picture = base64.b64encode((out / "comparison.png").read_bytes()).decode()
+    summaries = [curve.summary for curve in curves]
+    (out / "comparison.json").write_text(json.dumps(summaries, indent=2) + "\n")
+    environment = Environment(
+        loader=PackageLoader("coordinator", ""), autoescape=select_autoescape()
+    )
+    page = environment.get_template("report.html").render(
+        title=title,
+        columns=COLUMNS,
+        rows=rows(curves),
+        picture=picture,
+        summaries=summaries,
+        alt="; ".join(f"{r[0]}: accuracy {r[2]}, {r[6]}, {r[9]} s" for r in rows(curves)),
+    )
+    (out / "comparison.html").write_text(page)

@@ -1,0 +1,101 @@
+"""Who is logged in: the nodes, their connections, their clients, and when they last spoke."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from protocol.messages import Cost, Hello, Refuse
+from protocol.noise import STREAM
+
+
+@dataclass
+class Member:
+    """One logged-in node.  Identity is its name; ``peer`` is only today's connection."""
+
+    hello: Hello
+    peer: bytes
+    seen: float
+    version: int | None = None  # of its parameters; None until it is ready
+    space: bytes = b""
+    digest: bytes = b""  # of the parameters it was ready with
+    busy: str = "loading"
+    peaks: dict[str, int] = field(default_factory=dict)  # phase -> resident bytes
+
+    @property
+    def name(self) -> str:
+        return self.hello.node
+
+    @property
+    def trains(self) -> bool:
+        return self.hello.role == "train"
+
+    def add_costs(self, costs: tuple[Cost, ...]) -> None:
+        """Keep each phase's highest resident peak, for the live view and the summary."""
+        for cost in costs:
+            if cost.rss is not None:
+                self.peaks[cost.phase] = max(self.peaks.get(cost.phase, 0), cost.rss)
+
+
+class Roster:
+    """The members by name and by connection."""
+
+    def __init__(self, num_clients: int, software: str) -> None:
+        self._num_clients = num_clients
+        self._software = software
+        self._by_name: dict[str, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._by_name.values()))
+
+    def refuse(self, hello: Hello) -> Refuse | None:
+        """Why this login cannot be, or None."""
+        for what, theirs, ours in (
+            ("seedwire", hello.software, self._software),
+            ("noise stream", hello.stream, STREAM),
+        ):
+            if theirs != ours:
+                reason = f"node {hello.node} has {what} {theirs}, the coordinator has {ours}"
+                return Refuse(code="version", reason=f"{reason}: install the same version")
+        if hello.role == "evaluate":
+            return None
+        if not hello.clients:
+            return Refuse(code="clients", reason=f"node {hello.node} hosts no client")
+        if max(hello.clients) >= self._num_clients:
+            reason = f"client {max(hello.clients)}: the experiment has {self._num_clients} clients"
+            return Refuse(code="clients", reason=f"{reason}, numbered from 0")
+        for other in self:
+            both = set(other.hello.clients).intersection(hello.clients)
+            if both and other.name != hello.node:
+                return Refuse(
+                    code="clients",
+                    reason=f"client {min(both)} is already hosted by node {other.name}",
+                )
+        return None
+
+    def admit(self, hello: Hello, peer: bytes, now: float) -> tuple[Member, Member | None]:
+        """Log a node in, at once; returns it and the earlier login that this one supersedes."""
+        old = self._by_name.get(hello.node)
+        self._by_name[hello.node] = member = Member(hello, peer, now)
+        return member, old
+
+    def drop(self, member: Member) -> None:
+        if self._by_name.get(member.name) is member:
+            del self._by_name[member.name]
+
+    def at(self, peer: bytes) -> Member | None:
+        """Who speaks on this connection."""
+        return next((m for m in self if m.peer == peer), None)
+
+    def host_of(self, client: int) -> Member | None:
+        """The ready node that hosts this client."""
+        ready = (m for m in self if m.trains and m.version is not None)
+        return next((m for m in ready if client in m.hello.clients), None)
+
+    def evaluator(self) -> Member | None:
+        """The ready evaluator."""
+        return next((m for m in self if not m.trains and m.version is not None), None)
+
+    def silent(self, now: float, patience_seconds: float) -> list[Member]:
+        """Members that have said nothing for too long."""
+        return [m for m in self if now - m.seen > patience_seconds]

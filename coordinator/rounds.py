@@ -1,0 +1,317 @@
+"""The round machine: everything the coordinator decides, and no I/O.
+
+    Gathering --enough clients--> Training --all in, or deadline--> Committing --+
+      ^   ^                          |  below quorum                             |
+      |   +--------------------------+                                           |
+      +------------- Evaluating <---------------- evaluation due ----------------+
+
+Rule 1: every transition lives in this file.  Rule 2: this file imports no clock,
+socket or logger; time arrives as ``event.now`` and leaves through ``wake_at``.
+Rule 3: tensors never enter; events carry a ``ref`` to a stored update.  The shell
+(``coordinator/loop.py``) turns frames into events and runs commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from coordinator.events import (
+    Abandon,
+    Assign,
+    Client,
+    Command,
+    Commit,
+    Committed,
+    Discard,
+    Evaluate,
+    EvaluatorLost,
+    EvaluatorReady,
+    Event,
+    Finish,
+    Node,
+    NodeLost,
+    NodeReady,
+    Scored,
+    TaskFailed,
+    UpdateArrived,
+)
+from protocol import noise
+
+MAX_DRAWS = 1000  # cohorts tried at once for one that can be reached
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The numbers of an experiment that the machine needs, all resolved."""
+
+    clients: int  # in the experiment: 0 to clients - 1
+    start_clients: int  # hosted before round 1 opens
+    cohort: int  # asked per round
+    target: int  # updates that close a round early, quorum <= target <= cohort
+    quorum: int  # updates without which nothing is committed, at least 1
+    rounds: int
+    evaluate_every: int
+    deadline_seconds: float
+    return_seconds: float  # how long a lost node is waited for
+    seed: int
+    max_attempts: int = 10  # failed attempts at one round before the run gives up
+
+
+# --- state -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """Waiting for nodes, or for the evaluator, since a time."""
+
+    since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    cohort: tuple[Client, ...]
+    opened_at: float
+    closes_at: float
+    refs: Mapping[Client, str] = field(default_factory=dict)  # never mutated
+    failed: Mapping[Client, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Committing:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluating:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    reason: str | None = None
+
+
+Phase = Gathering | Training | Committing | Evaluating | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """``round`` counts committed rounds, so the open one is ``round + 1``."""
+
+    members: Mapping[Node, tuple[Client, ...]] = field(default_factory=dict)
+    lost: Mapping[Client, tuple[float, str]] = field(default_factory=dict)  # when and why
+    evaluator: bool = False
+    round: int = 0
+    attempt: int = 0
+    failures: int = 0  # attempts at this round that were opened and abandoned
+    scored: int = -1  # the last round that was evaluated
+    phase: Phase = Gathering()
+
+    @property
+    def hosted(self) -> frozenset[Client]:
+        """Clients whose node is ready."""
+        return frozenset(client for clients in self.members.values() for client in clients)
+
+
+Outcome = tuple[State, Sequence[Command]]
+
+
+def draw(policy: Policy, round: int, attempt: int) -> tuple[Client, ...]:
+    """The cohort: a function of (seed, round, attempt), whoever is online."""
+    key = noise.key("cohort", policy.seed, round, attempt)
+    return tuple(int(c) for c in noise.permutation(key, policy.clients)[: policy.cohort])
+
+
+def waited_for(state: State, phase: Training, policy: Policy, now: float) -> list[Client]:
+    """Clients of the open round that may still answer."""
+    hosted = state.hosted
+    return [
+        client
+        for client in phase.cohort
+        if client not in phase.refs
+        and client not in phase.failed
+        and (client in hosted or now < _gone_at(state, client, policy))
+    ]
+
+
+def wake_at(state: State, policy: Policy) -> float | None:
+    """When a Tick is due for an open round to close; otherwise now and then will do."""
+    match state.phase:
+        case Training() as phase:
+            hosted = state.hosted
+            away = [c for c in phase.cohort if c not in hosted and c in state.lost]
+            gone = [_gone_at(state, c, policy) for c in away if c not in phase.refs]
+            later = [at for at in gone if at > phase.opened_at]
+            return min([phase.closes_at, *later])
+        case _:
+            return None
+
+
+def step(state: State, event: Event, policy: Policy) -> Outcome:
+    """Next state and the commands it calls for.  Total: no event is an error."""
+    state = _membership(state, event)
+    match state.phase:
+        case Gathering():
+            state, commands = _advance(state, event.now, policy)
+            return state, [*_reject(event, "no round is open"), *commands]
+        case Training() as phase:
+            return _training(state, phase, event, policy)
+        case Committing():
+            return _committing(state, event, policy)
+        case Evaluating():
+            return _evaluating(state, event, policy)
+        case Finished():
+            return state, _reject(event, "the run is over")
+
+
+def _membership(state: State, event: Event) -> State:
+    match event:
+        case NodeReady():
+            lost = {c: why for c, why in state.lost.items() if c not in event.clients}
+            return replace(state, members={**state.members, event.node: event.clients}, lost=lost)
+        case NodeLost():
+            gone = state.members.get(event.node, ())
+            members = {n: cs for n, cs in state.members.items() if n != event.node}
+            why = (event.now, f"node {event.node} lost: {event.reason}")
+            return replace(state, members=members, lost={**state.lost, **dict.fromkeys(gone, why)})
+        case EvaluatorReady() | EvaluatorLost():
+            return replace(state, evaluator=isinstance(event, EvaluatorReady))
+        case _:
+            return state
+
+
+def _advance(state: State, now: float, policy: Policy) -> Outcome:
+    """Between rounds: evaluate, open the next round, finish, or wait."""
+    done = state.round
+    due = done in (0, policy.rounds) or done % policy.evaluate_every == 0
+    since = state.phase.since if isinstance(state.phase, Gathering) else now
+    waiting = replace(state, phase=Gathering(since))
+    if state.round == 0 and state.attempt == 0 and len(state.hosted) < policy.start_clients:
+        return waiting, []
+    if due and state.scored < done:
+        if not state.evaluator:
+            return waiting, []
+        return replace(state, phase=Evaluating()), [Evaluate(done, done == policy.rounds)]
+    if done == policy.rounds:
+        return replace(state, phase=Finished()), [Finish()]
+    return _open(waiting, since, now, policy)
+
+
+def _open(state: State, since: float, now: float, policy: Policy) -> Outcome:
+    """Open the next round with a cohort of which a quorum can be reached."""
+    hosted, number = state.hosted, state.round + 1
+    if len(hosted) < policy.quorum:
+        return state, []
+    for attempt in range(state.attempt, state.attempt + MAX_DRAWS):
+        cohort = draw(policy, number, attempt)
+        present = tuple(c for c in cohort if c in hosted)
+        if len(present) >= policy.quorum:
+            phase = Training(cohort, now, now + policy.deadline_seconds)
+            opened = replace(state, attempt=attempt, phase=phase)
+            return opened, [Assign(number, attempt, cohort, present)]
+        if now < since + policy.return_seconds:
+            return state, []  # the drawn clients may come back
+    return replace(state, phase=Gathering(now)), []
+
+
+def _training(state: State, phase: Training, event: Event, policy: Policy) -> Outcome:
+    commands: list[Command] = []
+    number = state.round + 1
+    match event:
+        case UpdateArrived():
+            if (why := _refusal(state, phase, event)) is not None:
+                commands += _reject(event, why)
+            else:
+                phase = replace(phase, refs={**phase.refs, event.client: event.ref})
+            if event.fault is not None and why == event.fault:
+                phase = replace(phase, failed={**phase.failed, event.client: event.fault})
+        case TaskFailed():
+            current = (event.round, event.attempt) == (number, state.attempt)
+            if current and event.client in phase.cohort and event.client not in phase.refs:
+                phase = replace(phase, failed={**phase.failed, event.client: event.reason})
+        case NodeReady():
+            again = tuple(
+                c
+                for c in phase.cohort
+                if c in event.clients and c not in phase.refs and c not in phase.failed
+            )
+            if again and event.now < phase.closes_at:
+                commands.append(Assign(number, state.attempt, phase.cohort, again))
+        case _:
+            pass
+    state, closing = _close(replace(state, phase=phase), phase, event.now, policy)
+    return state, [*commands, *closing]
+
+
+def _refusal(state: State, phase: Training, event: UpdateArrived) -> str | None:
+    """Why the update does not count in the open round, or None."""
+    if event.round != state.round + 1:
+        return f"stale: round {event.round}, now {state.round + 1}"
+    if event.attempt != state.attempt:
+        return f"stale: attempt {event.attempt}, now {state.attempt}"
+    if event.client not in phase.cohort:
+        return "not in the cohort"
+    if event.client in phase.refs:
+        return "duplicate"
+    if event.now >= phase.closes_at:
+        return "after the deadline"
+    return event.fault
+
+
+def _close(state: State, phase: Training, now: float, policy: Policy) -> Outcome:
+    """Commit or abandon the open round if it is time; else go on waiting."""
+    number, got = state.round + 1, len(phase.refs)
+    late, pending = now >= phase.closes_at, waited_for(state, phase, policy, now)
+    refs = tuple(sorted(phase.refs.items()))
+    if got < policy.target and pending and not late:
+        return state, []
+    missing = tuple(
+        (c, phase.failed.get(c) or _absence(state, c)) for c in phase.cohort if c not in phase.refs
+    )
+    if got >= policy.quorum:
+        commit = Commit(number, state.attempt, phase.cohort, refs, missing)
+        return replace(state, phase=Committing()), [commit]
+    what = "at the deadline" if late else "and nobody left to wait for"
+    client, first = missing[0]
+    reason = f"{got} of quorum {policy.quorum} {what}; client {client}: {first}"
+    abandon = Abandon(number, state.attempt, refs, reason)
+    failures = state.failures + 1
+    if failures >= policy.max_attempts:
+        why = f"round {number} failed {failures} times, last: {reason}"
+        return replace(state, phase=Finished(why)), [abandon, Finish(why)]
+    again = replace(state, attempt=state.attempt + 1, failures=failures, phase=Gathering(now))
+    state, commands = _advance(again, now, policy)
+    return state, [abandon, *commands]
+
+
+def _committing(state: State, event: Event, policy: Policy) -> Outcome:
+    if not (isinstance(event, Committed) and event.round == state.round + 1):
+        return state, _reject(event, "the round is closed")
+    return _advance(replace(state, round=event.round, attempt=0, failures=0), event.now, policy)
+
+
+def _evaluating(state: State, event: Event, policy: Policy) -> Outcome:
+    if isinstance(event, Scored) and event.round == state.round:
+        return _advance(replace(state, scored=event.round), event.now, policy)
+    if isinstance(event, EvaluatorReady):  # a new one: the old one's answer is lost
+        return state, [Evaluate(state.round, state.round == policy.rounds)]
+    return state, _reject(event, "no round is open")
+
+
+def _gone_at(state: State, client: Client, policy: Policy) -> float:
+    """When a client that is not hosted stops being waited for."""
+    lost = state.lost.get(client)
+    return lost[0] + policy.return_seconds if lost else float("-inf")
+
+
+def _absence(state: State, client: Client) -> str:
+    if client in state.lost:
+        return state.lost[client][1]
+    return "no answer" if client in state.hosted else "no node hosts it"
+
+
+def _reject(event: Event, reason: str) -> Sequence[Command]:
+    if not isinstance(event, UpdateArrived):
+        return []
+    return [Discard(event.ref, event.client, event.round, event.attempt, reason)]

@@ -1,0 +1,137 @@
+"""One run: policy from the experiment, socket, evaluation worker, loop, summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from coordinator.evaluator import Evaluator
+from coordinator.record import RunRecorder
+from coordinator.rounds import Policy
+from coordinator.server import Server, Settings
+from coordinator.view import View
+from fedalgos import registry
+from protocol.errors import ExperimentError, RunError
+from protocol.experiment import Experiment
+from protocol.transport import Router
+
+TURN_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run listens and leaves its results."""
+
+    bind: str
+    directory: Path
+    starts_evaluator: bool = True
+
+
+def policy(e: Experiment) -> Policy:
+    """The machine's numbers, every default resolved."""
+    cohort = e.rounds.cohort or e.partition.clients
+    target = e.rounds.target or cohort
+    return Policy(
+        clients=e.partition.clients,
+        start_clients=e.nodes.start_clients or e.partition.clients,
+        cohort=cohort,
+        target=target,
+        quorum=e.rounds.quorum or min(target, -(-cohort // 2)),
+        rounds=e.rounds.count,
+        evaluate_every=e.rounds.evaluate_every,
+        deadline_seconds=e.rounds.deadline_seconds,
+        return_seconds=e.nodes.return_seconds,
+        seed=e.run.seed,
+    )
+
+
+def run_directory(root: Path, name: str) -> Path:
+    """A new directory ``root/NAME-DATE-TIME``.
+
+    Raises:
+        ExperimentError: it cannot be made.
+    """
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1000):
+            directory = root / (f"{stem}-{attempt}" if attempt else stem)
+            if not directory.exists():
+                directory.mkdir()
+                return directory
+    except OSError as error:
+        raise ExperimentError(f"cannot make a run directory in {root}: {error}") from error
+    raise ExperimentError(f"no free name for a run directory in {root}")
+
+
+def run(experiment: Experiment, place: Place, console: Console) -> dict[str, Any]:
+    """Run an experiment to its end; returns its summary.
+
+    Raises:
+        SeedwireError: the port is taken, the model or data does not fit, the run failed.
+    """
+    registry.settings(experiment.method)  # a typo there is found before anything starts
+    router = Router(place.bind)
+    try:
+        directory = place.directory
+        (directory / "logs").mkdir(exist_ok=True)
+        _log_to(directory / "logs" / "coordinator.log")
+        recorder = RunRecorder(directory, experiment)
+        settings = Settings(
+            directory.name, metadata.version("seedwire"), experiment, policy(experiment)
+        )
+        server = Server(settings, router, recorder, time.monotonic)
+        recorder.meter = server.desk.meter
+        announcement = {
+            "endpoint": router.endpoint,
+            "pid": os.getpid(),
+            "run": directory.name,
+            "clients": settings.policy.clients,
+        }
+        _write_whole(directory / "coordinator.json", json.dumps(announcement) + "\n")
+        console.print(f"{directory.name}: listening on {router.endpoint}, results in {directory}")
+        evaluator = Evaluator(router.endpoint, directory) if place.starts_evaluator else None
+        reason = "the coordinator stopped"
+        try:
+            with View(console, server, recorder) as view:
+                while server.finished is None:
+                    server.turn(TURN_SECONDS)
+                    if evaluator is not None:
+                        evaluator.check()
+                    view.update()
+            failure = server.finished.reason
+            reason = failure or "the run is complete"
+            assert server.central is not None  # noqa: S101 - rounds were run on it
+            summary = recorder.finish(server.central, failure)
+        finally:
+            server.desk.dismiss(reason, finished=True)
+            recorder.close()
+            if evaluator is not None:
+                evaluator.stop()
+        if failure is not None:
+            raise RunError(failure)
+        return summary
+    finally:
+        router.close()
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A reader sees the whole file or none."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.rename(path)

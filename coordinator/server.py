@@ -1,0 +1,351 @@
+"""The coordinator's shell: what arrives becomes events, commands become messages.
+
+Nothing is decided here: who takes part and when a round closes is ``rounds``, what an
+update means is the method, what a node that is behind is sent is ``history``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, assert_never
+
+import msgspec
+
+from coordinator import rounds
+from coordinator.central import Central
+from coordinator.desk import Breach, Delivered, Desk, LoggedIn, Transport
+from coordinator.events import (
+    Abandon,
+    Assign,
+    Command,
+    Commit,
+    Committed,
+    Discard,
+    EvaluatorLost,
+    EvaluatorReady,
+    Event,
+    Finish,
+    NodeLost,
+    NodeReady,
+    Scored,
+    TaskFailed,
+    Tick,
+    UpdateArrived,
+)
+from coordinator.events import Evaluate as EvaluateCommand
+from coordinator.roster import Member, Roster
+from fedalgos import registry
+from fedalgos.method import Assignment, Contribution
+from fedalgos.space import ParamSpace
+from protocol import payload, wire
+from protocol.experiment import Experiment
+from protocol.messages import (
+    Beat,
+    Bye,
+    Evaluate,
+    Failed,
+    Ready,
+    Refuse,
+    Reject,
+    Score,
+    Sync,
+    Task,
+    Update,
+    Welcome,
+)
+from protocol.wire import Frame, RemoteProtocolError
+
+log = logging.getLogger(__name__)
+
+
+class Recorder(Protocol):
+    """Where results go; see ``coordinator.record``."""
+
+    def event(self, event: Event) -> None: ...
+    def joined(self, member: Member) -> None: ...
+    def ready(self, member: Member) -> None: ...
+    def opened(self, assign: Assign, now: float) -> None: ...
+    def updated(self, member: Member, update: Update) -> None: ...
+    def committed(self, commit: Commit, now: float) -> None: ...
+    def abandoned(self, abandon: Abandon, now: float) -> None: ...
+    def scored(self, round: int, score: Score, digest: bytes) -> None: ...
+    def rejected(self, reason: str) -> None: ...
+    def resynced(self, member: Member, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the shell is told from outside."""
+
+    run_id: str
+    software: str
+    experiment: Experiment
+    policy: rounds.Policy
+
+
+class Server:
+    """One run, from the first login to the last goodbye."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        transport: Transport,
+        recorder: Recorder,
+        now: Callable[[], float],
+    ) -> None:
+        self.settings = settings
+        self.state = rounds.State(phase=rounds.Gathering(now()))
+        self.central: Central | None = None
+        self._method_settings = registry.settings(settings.experiment.method)
+        roster = Roster(settings.policy.clients, settings.software)
+        self.desk = Desk(transport, roster, settings.experiment.nodes, now)
+        self._recorder, self.now = recorder, now
+        self._plan: Mapping[int, Assignment] = {}
+        self._planned = (0, 0)  # round and attempt of the plan
+        self._updates: dict[str, Contribution] = {}
+        self._num_refs = 0
+
+    # --- the loop ----------------------------------------------------------------
+
+    @property
+    def finished(self) -> rounds.Finished | None:
+        """Set when the run is over."""
+        return self.state.phase if isinstance(self.state.phase, rounds.Finished) else None
+
+    def turn(self, within_seconds: float) -> None:
+        """Wait for a message or until something is due, and do all that follows from it."""
+        wake = rounds.wake_at(self.state, self.settings.policy)
+        if wake is not None:
+            within_seconds = min(within_seconds, max(0.0, wake - self.now()))
+        for arrival in self.desk.receive(within_seconds):
+            match arrival:
+                case LoggedIn(member, superseded):
+                    self._welcome(member, superseded)
+                case Delivered(member, message, data):
+                    self._deliver(member, message, data)
+                case Breach(member, why):
+                    self._breach(member, why)
+        for member, reason in self.desk.keep_alive():
+            self._part(member, reason)
+        self.feed(Tick(self.now()))
+
+    def feed(self, event: Event) -> None:
+        """Step the machine and run its commands, whose outcomes are events again."""
+        queue = [event]
+        while queue:
+            event = queue.pop(0)
+            self._recorder.event(event)
+            self.state, commands = rounds.step(self.state, event, self.settings.policy)
+            for command in commands:
+                queue.extend(self._run(command))
+
+    # --- what arrives ------------------------------------------------------------
+
+    def _welcome(self, member: Member, superseded: Member | None) -> None:
+        if superseded is not None:
+            self.feed(self._lost(superseded, "superseded by a new login"))
+        self._recorder.joined(member)
+        table = msgspec.to_builtins(self.settings.experiment)
+        self.desk.send(member, Welcome(run=self.settings.run_id, experiment=table))
+
+    def _deliver(self, member: Member, message: Any, data: Frame | None) -> None:
+        try:
+            for event in self._handle(member, message, data):
+                self.feed(event)
+        except RemoteProtocolError as error:
+            self._breach(member, str(error))
+
+    def _handle(self, member: Member, message: Any, data: Frame | None) -> Iterator[Event]:
+        match message:
+            case Beat(busy=busy):
+                member.busy = busy
+            case Ready():
+                yield from self._ready(member, message, data)
+            case Update():
+                yield self._update(member, message, data)
+            case Failed(client=client, reason=reason):
+                log.warning("client %d on %s failed: %s", client, member.name, reason)
+                self._recorder.rejected(f"task failed: {reason}")
+                yield TaskFailed(self.now(), client, message.round, message.attempt, reason)
+            case Score():
+                yield from self._scored(member, message)
+            case Sync(version=version, reason=reason):
+                log.warning("node %s at version %d resyncs: %s", member.name, version, reason)
+                self._recorder.resynced(member, reason)
+                member.version = -1  # of no use: a snapshot follows with the next task
+                yield self._present(member)
+            case Bye(reason=reason):
+                self._part(member, reason or "it said goodbye")
+            case _:
+                raise RemoteProtocolError(f"unexpected {type(message).__name__}")
+
+    def _ready(self, member: Member, ready: Ready, data: Frame | None) -> Iterator[Event]:
+        member.add_costs(ready.costs)
+        member.space, member.busy = ready.space, ""
+        if not member.trains and self.central is None:
+            self._found(ready, data)
+        member.version, member.digest = ready.version, ready.digest
+        self._recorder.ready(member)
+        if self.central is not None:
+            for other in self.desk.roster:
+                if other.space not in (b"", self.central.space.digest):
+                    reason = f"node {other.name} trains other tensors than the evaluator"
+                    self.desk.send(other, Refuse(code="version", reason=reason))
+                    self._part(other, reason)
+        if self.desk.roster.at(member.peer) is member:
+            yield self._present(member)
+
+    def _found(self, ready: Ready, data: Frame | None) -> None:
+        """The evaluator brings the parameter space and its initial values: the run begins."""
+        if not ready.tensors or ready.payload is None or data is None:
+            raise RemoteProtocolError("the evaluator sent no parameters")
+        space = ParamSpace.of(ready.tensors)
+        x = payload.decode(ready.payload, data).values.copy()
+        if len(x) != space.size or space.digest != ready.space:
+            raise RemoteProtocolError("the evaluator's parameters do not fit its space")
+        method = registry.build(self._method_settings, space, self.settings.experiment.run.seed)
+        self.central = Central(method, space, x)
+        self.desk.max_payload_bytes = 8 * space.size + wire.MAX_INLINE_BYTES
+
+    def _update(self, member: Member, update: Update, data: Frame | None) -> Event:
+        if update.client not in member.hello.clients:
+            raise RemoteProtocolError(f"an update of client {update.client}, not hosted there")
+        member.add_costs(update.costs)
+        self._num_refs += 1
+        ref = f"{update.round}/{update.attempt}/{update.client}/{self._num_refs}"
+        fault = self._check(update, data, ref)
+        if fault is None:
+            self._recorder.updated(member, update)
+        place = (update.client, update.round, update.attempt)
+        return UpdateArrived(self.now(), *place, ref, fault)
+
+    def _check(self, update: Update, data: Frame | None, ref: str) -> str | None:
+        """Store a usable update under ``ref``; else say what is wrong with it."""
+        assignment = self._plan.get(update.client)
+        if assignment is None or self._planned != (update.round, update.attempt):
+            return "stale"
+        if update.payload is None or data is None:
+            return "no payload"
+        if update.examples < 1:
+            return "no examples"
+        try:
+            value = payload.decode(update.payload, data)
+        except RemoteProtocolError as error:
+            return str(error)
+        why = self._central().method.accepts(assignment, value)
+        if why is None:
+            self._updates[ref] = Contribution(assignment, update.examples, value)
+        return why
+
+    def _scored(self, member: Member, score: Score) -> Iterator[Event]:
+        if member.trains or self.central is None or score.version != self.central.version:
+            return
+        member.add_costs(score.costs)
+        self._recorder.scored(self.state.round, score, self.central.digest)
+        yield Scored(self.now(), self.state.round)
+
+    def _breach(self, member: Member | None, why: str) -> None:
+        log.warning("dropped a message of %s: %s", member.name if member else "a stranger", why)
+        self._recorder.rejected("bad message")
+
+    def _part(self, member: Member, reason: str) -> None:
+        log.info("node %s is gone: %s", member.name, reason)
+        self.desk.drop(member)
+        self.feed(self._lost(member, reason))
+
+    def _lost(self, member: Member, reason: str) -> Event:
+        if member.trains:
+            return NodeLost(self.now(), member.name, reason)
+        return EvaluatorLost(self.now())
+
+    def _present(self, member: Member) -> Event:
+        if member.trains:
+            return NodeReady(self.now(), member.name, member.hello.clients)
+        return EvaluatorReady(self.now())
+
+    # --- what the machine asks for -----------------------------------------------
+
+    def _run(self, command: Command) -> Iterator[Event]:
+        match command:
+            case Assign():
+                self._assign(command)
+            case Discard():
+                self._discard(command)
+            case Commit():
+                yield self._commit(command)
+            case Abandon(round=number, reason=reason):
+                log.warning("round %d abandoned: %s", number, reason)
+                self._recorder.abandoned(command, self.now())
+                for _, ref in command.refs:
+                    del self._updates[ref]
+            case EvaluateCommand():
+                self._evaluate(command)
+            case Finish():
+                pass  # the caller of ``turn`` sees ``finished``
+            case _:
+                assert_never(command)
+
+    def _assign(self, command: Assign) -> None:
+        central, number, attempt = self._central(), command.round, command.attempt
+        if self._planned != (number, attempt):
+            self._plan = central.plan(number, command.cohort)
+            self._planned = (number, attempt)
+            self._recorder.opened(command, self.now())
+        for client in sorted(command.clients):
+            member = self.desk.roster.host_of(client)
+            if member is None:
+                continue  # lost in this very turn: its NodeLost is on the way
+            self._bring_up(member)
+            units = self._plan[client].units
+            task = Task(
+                round=number, attempt=attempt, client=client, version=central.version, units=units
+            )
+            self.desk.send(member, task)
+
+    def _commit(self, command: Commit) -> Event:
+        central = self._central()
+        # sorted by client, one at a time, and forgotten as they are folded in
+        contributions = (self._updates.pop(ref) for _, ref in command.refs)
+        central.commit(command.round, contributions)
+        self.desk.withdraw(central.history.oldest - 1)
+        self._recorder.committed(command, self.now())
+        return Committed(self.now(), command.round)
+
+    def _discard(self, command: Discard) -> None:
+        self._updates.pop(command.ref, None)
+        log.warning("update of client %d discarded: %s", command.client, command.reason)
+        self._recorder.rejected(command.reason)
+        member = self.desk.roster.host_of(command.client)
+        if member is not None:
+            number, attempt, client = command.round, command.attempt, command.client
+            self.desk.send(
+                member, Reject(round=number, attempt=attempt, client=client, reason=command.reason)
+            )
+
+    def _evaluate(self, command: EvaluateCommand) -> None:
+        member = self.desk.roster.evaluator()
+        if member is not None:  # else a new evaluator's EvaluatorReady asks again
+            self._bring_up(member)
+            version = self._central().version
+            self.desk.send(member, Evaluate(version=version, last=command.last))
+
+    def _bring_up(self, member: Member) -> None:
+        """Send a node what it lacks: the missed steps or a snapshot, whichever is fewer bytes."""
+        central = self._central()
+        known = -1 if member.version is None else member.version
+        if known == 0 and member.digest != central.first_digest:
+            reason = f"node {member.name} starts from other parameters than the evaluator"
+            log.warning("%s; it gets a snapshot", reason)
+            self._recorder.resynced(member, reason)
+            known = -1
+        missed = central.history.since(known)
+        for kept in [central.snapshot()] if missed is None else missed:
+            self.desk.offer(member, kept)
+        member.version = central.version
+
+    def _central(self) -> Central:
+        if self.central is None:
+            raise RuntimeError("a round before the evaluator brought the parameters")
+        return self.central

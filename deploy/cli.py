@@ -1,0 +1,70 @@
+"""``seedwire run`` and ``seedwire demo``: whole runs on this machine."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy import local
+from deploy.demo import run_demo
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends us as Ctrl-C does, so that what we started is ended too."""
+
+    def stop(number: int, frame: object) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def run(
+    experiment: Annotated[Path, typer.Argument(help="The experiment file (TOML).")],
+    nodes: Annotated[int, typer.Option(min=1, help="How many node processes.")] = 2,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override one value.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
+    directory: Annotated[
+        Path | None, typer.Option(help="This run's directory, if it is not to be made in --runs.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads per node; 0 shares the cores.")] = 0,
+) -> None:
+    """Run an experiment here: a coordinator and N node processes over TCP."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    where = directory or runs / f"{experiment.stem}-{stamp}"
+    plan = local.Plan(experiment, nodes, where, tuple(set_ or ()), threads)
+    with _stoppable():
+        code = local.run(plan, _say)
+    raise typer.Exit(code)
+
+
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller budgets: under 4 minutes.")
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="How many node processes.")] = 4,
+    runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
+) -> None:
+    """Run four methods on one task, side by side, and compare what each truly cost."""
+    with _stoppable():
+        code = run_demo(quick, nodes, runs, _say)
+    raise typer.Exit(code)

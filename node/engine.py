@@ -1,0 +1,148 @@
+"""The thread around the worker: a queue of jobs in, a queue of outcomes out."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from protocol.errors import SeedwireError
+from protocol.experiment import Experiment
+from protocol.messages import Message, Ready, Task
+from protocol.wire import Frame
+
+if TYPE_CHECKING:
+    from node.worker import Worker
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What this node was started with.
+
+    Attributes:
+        clients: the shards it hosts.
+        evaluates: it scores the test set instead of training.
+        export: where the evaluator saves the final model.
+        device: "cpu", "cuda", "cuda:1".
+        threads: for torch; 0 leaves torch's default.
+    """
+
+    clients: tuple[int, ...]
+    evaluates: bool = False
+    export: Path | None = None
+    device: str = "cpu"
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A message to send, with its payload's buffer."""
+
+    message: Message
+    data: memoryview | None = None
+
+
+Make = Callable[[Experiment, Setup], "Worker"]
+
+
+def _worker(experiment: Experiment, setup: Setup) -> Worker:
+    from node.worker import Worker  # loads torch, which takes seconds and memory
+
+    return Worker(experiment, setup)
+
+
+class Engine:
+    """Runs jobs in order, in a thread of its own.
+
+    Args:
+        experiment: what to load.
+        setup: how this node was started.
+        wake: called from the thread whenever there is something to ``take``.
+        make: builds the worker; tests put a scripted one here.
+
+    Attributes:
+        busy: what it is doing, for people.
+        ready: the last true statement about the version held; None while loading.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        setup: Setup,
+        wake: Callable[[], None],
+        make: Make = _worker,
+    ) -> None:
+        self.busy = "loading"
+        self.ready: Ready | None = None
+        self._jobs: queue.SimpleQueue[tuple[Message, Frame | None] | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Outcome | Exception] = queue.SimpleQueue()
+        self._tasks: set[tuple[int, int, int]] = set()
+        arguments = (experiment, setup, wake, make)
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
+        self._thread.start()
+
+    def submit(self, message: Message, data: Frame | None) -> None:
+        """Queue a job; a task that is queued or running already is not taken twice."""
+        if isinstance(message, Task):
+            place = (message.round, message.attempt, message.client)
+            if place in self._tasks:
+                return
+            self._tasks.add(place)
+        self._jobs.put((message, data))
+
+    def take(self) -> list[Outcome]:
+        """The outcomes since the last call.
+
+        Raises:
+            SeedwireError: loading failed, for a reason the user can mend.
+            Exception: a bug in the worker.
+        """
+        outcomes = []
+        while not self._outcomes.empty():
+            outcome = self._outcomes.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            outcomes.append(outcome)
+        return outcomes
+
+    def stop(self, within_seconds: float) -> bool:
+        """End after the current job; False when that takes longer."""
+        self._jobs.put(None)
+        self._thread.join(within_seconds)
+        return not self._thread.is_alive()
+
+    def _run(
+        self,
+        experiment: Experiment,
+        setup: Setup,
+        wake: Callable[[], None],
+        make: Make,
+    ) -> None:
+        try:
+            worker = make(experiment, setup)
+            self._put(worker, worker.ready(), wake)
+            while (job := self._jobs.get()) is not None:
+                message, data = job
+                self.busy = _describe(message)
+                outcome = worker.run(message, data)
+                if isinstance(message, Task):
+                    self._tasks.discard((message.round, message.attempt, message.client))
+                self._put(worker, outcome, wake)
+        except (SeedwireError, Exception) as error:
+            self._outcomes.put(error)
+            wake()
+
+    def _put(self, worker: Worker, outcome: Outcome | None, wake: Callable[[], None]) -> None:
+        self.ready, self.busy = worker.statement(), ""
+        if outcome is not None:
+            self._outcomes.put(outcome)
+        wake()
+
+
+def _describe(message: Message) -> str:
+    if isinstance(message, Task):
+        return f"round {message.round}, client {message.client}"
+    return type(message).__name__.lower()

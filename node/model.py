@@ -1,0 +1,371 @@
+"""The model on a node: a frozen base, and the tensors that are trained, in a fixed order.
+
+The model is always in ``eval`` mode.  Two-point estimates and forward mode compare
+losses of one and the same function, and a dropout mask that changes between two calls
+makes it another; so there is no dropout for any method, and rows stay comparable.
+
+Whatever a checkpoint does not hold (a new head, LoRA's A, a ``random:`` base) comes
+from the shared stream, keyed by the run's seed and the tensor's name, never from a global
+generator, so every node starts from the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.utils
+import numpy as np
+import peft as peft_library
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from node import sources
+from protocol import noise
+from protocol.errors import ModelError
+from protocol.experiment import Data, Model, Peft
+from protocol.messages import TensorInfo
+
+# These two are typed in part only.
+hub: Any = huggingface_hub.utils
+logging: Any = transformers.utils.logging
+
+_TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TINY |= {"vocab_size": 512, "max_position_embeddings": 512}
+_WIDE = {"intermediate_size": 64}
+_SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "bert-tiny": ("bert", _TINY | _WIDE),
+    "roberta-tiny": ("roberta", _TINY | _WIDE | {"max_position_embeddings": 514}),
+    "distilbert-tiny": ("distilbert", _TINY | {"hidden_dim": 64}),
+    "gpt2-tiny": ("gpt2", _TINY),
+    "opt-tiny": ("opt", _TINY | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "llama-tiny": ("llama", _TINY | _WIDE | {"num_key_value_heads": 2, "head_dim": 8}),
+    "qwen2-tiny": ("qwen2", _TINY | _WIDE | {"num_key_value_heads": 2}),
+    "llama2-7b": ("llama", {}),  # the defaults of transformers are Llama 2 7B's
+    "opt-13b": (
+        "opt",
+        {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20480}
+        | {"num_hidden_layers": 40, "num_attention_heads": 40},
+    ),
+}
+_SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_WORDS = ("great", "terrible", "good", "bad", "yes", "no", "positive", "negative")
+_BLOCK = 1 << 20  # numbers drawn for a tensor; a larger one, of a `random:` base, repeats them
+
+
+@dataclass
+class TrainedModel:
+    """A model on its device, and what of it is trained.
+
+    Attributes:
+        infos: the trained tensors; those of one unit stand together.
+        parameters: the tensors themselves, fp32, in the order of ``infos``.
+        names: their names in ``model.named_parameters()``, same order, for
+            ``torch.func.functional_call``.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    infos: tuple[TensorInfo, ...]
+    parameters: list[nn.Parameter]
+    names: list[str]
+
+    @property
+    def core(self) -> Any:
+        """The transformers model, without peft around it."""
+        model: Any = self.model
+        return model.get_base_model() if isinstance(model, peft_library.PeftModel) else model
+
+    def export(self, directory: Path) -> None:
+        """Save what ``from_pretrained`` loads, and the tokenizer.
+
+        A peft adapter (LoRA and head) for LoRA, else the whole model.  A head trained
+        over a bf16 base is stored in fp32; load it with ``dtype=torch.float32``.
+        """
+        with _quiet():
+            if isinstance(self.model, peft_library.PeftModel):
+                # "auto" would ask the hub whether the embedding was resized.
+                self.model.save_pretrained(str(directory), save_embedding_layers=False)
+            else:
+                self.core.save_pretrained(str(directory))
+            self.tokenizer.save_pretrained(str(directory))
+
+
+def load(
+    model: Model, peft: Peft, data: Data, num_classes: int, *, jvp: bool, device: str, seed: int
+) -> TrainedModel:
+    """Load a model for a task and choose what is trained.
+
+    ``jvp`` asks for eager attention, because forward-mode AD has no rule for the fused
+    kernels; it costs time and memory, so other methods do not get it.  With ``full``
+    nothing is frozen, and the model is fp32 whatever ``model.dtype`` says.
+
+    Raises:
+        ModelError: the model is not there, is not of the task's kind, or lacks the
+            layers or modules that ``peft`` names.
+    """
+    is_half = model.dtype == "bf16" and peft.kind != "full"
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if is_half else torch.float32}
+    if jvp:
+        options["attn_implementation"] = "eager"
+    with _quiet():
+        base, tokenizer, fresh = _base(model.id, data.task, num_classes, options)
+        _check_length(model.id, base, data.max_length)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        base.config.pad_token_id = tokenizer.pad_token_id
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(peft.kind == "full")
+            if name in fresh:
+                _fill(seed, name, parameter)
+        head = _head(base, fresh) if data.task == "classify" else []
+        whole = base if peft.kind != "lora" else _with_lora(model.id, base, peft, head, seed)
+    if peft.kind == "head":
+        for name in head:
+            base.get_submodule(name).requires_grad_(True)
+    whole.eval()
+    _train_in_fp32(whole)
+    whole.to(device)
+    names = _in_units([name for name, p in whole.named_parameters() if p.requires_grad])
+    by_name = dict(whole.named_parameters())
+    parameters = [by_name[name] for name in names]
+    infos = tuple(
+        TensorInfo(name=_saved(name), shape=tuple(p.shape), unit=_unit(name))
+        for name, p in zip(names, parameters, strict=True)
+    )
+    return TrainedModel(whole, tokenizer, infos, parameters, names)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no chatter from the libraries; errors reach the user as exceptions."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    hub_level = hub.logging.get_verbosity()
+    hub_bars = not hub.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub.logging.set_verbosity_error()
+    hub.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # peft and transformers deprecate each other's names, which a user cannot mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        hub.logging.set_verbosity(hub_level)
+        if bars:
+            logging.enable_progress_bar()
+        if hub_bars:
+            hub.enable_progress_bars()
+
+
+# The base
+
+
+def _base(
+    model_id: str, task: str, num_classes: int, options: dict[str, Any]
+) -> tuple[Any, Any, set[str]]:
+    """The model, its tokenizer, and the tensors that are still to get a first value."""
+    auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+    labels = {"num_labels": num_classes} if task == "classify" else {}
+    if model_id.startswith("random:"):
+        return _random(model_id, auto, labels, options)
+    path = sources.resolve_model(model_id)
+    if isinstance(path, Path):
+        path = sources.converted(path) if path.suffix == ".gguf" else path
+    try:
+        tokenizer = _from_cache_first(transformers.AutoTokenizer, path, {})
+        base, report = _from_cache_first(
+            auto, path, options | labels | {"output_loading_info": True}
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        where = "" if isinstance(path, Path) else " (no such directory, nor to be had from the hub)"
+        why = sources.first_line(error)
+        raise ModelError(f"cannot load model {model_id}{where}: {why}") from error
+    fresh = set(report["missing_keys"])
+    inside = {name for name in fresh if not _may_be_new(base, name, task)}
+    if inside:
+        raise ModelError(f"{model_id} is not made for this task: it lacks {min(inside)}")
+    return base, tokenizer, fresh
+
+
+def _from_cache_first(auto: Any, path: Path | str, options: dict[str, Any]) -> Any:
+    """Without a network the hub's client retries for most of a minute; so ask it last."""
+    try:
+        return auto.from_pretrained(str(path), local_files_only=True, **options)
+    except OSError:
+        if isinstance(path, Path):
+            raise
+        return auto.from_pretrained(path, **options)
+
+
+def _may_be_new(base: Any, name: str, task: str) -> bool:
+    """Only a classifier, and the pooler under it, may start without weights."""
+    return task == "classify" and (_is_head(base, name) or ".pooler." in name)
+
+
+def _is_head(base: Any, name: str) -> bool:
+    return not name.startswith(f"{base.base_model_prefix}.")
+
+
+def _random(
+    model_id: str, auto: Any, labels: dict[str, int], options: dict[str, Any]
+) -> tuple[Any, Any, set[str]]:
+    shape = _SHAPES.get(model_id.removeprefix("random:"))
+    if shape is None:
+        raise ModelError(f"{model_id}: unknown shape; known are {', '.join(_SHAPES)}")
+    family, sizes = shape
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(family, **sizes, **special, **labels)
+    with no_init_weights():
+        base = auto.from_config(config, **options)
+    base.tie_weights()
+    for name, parameter in base.named_parameters():
+        _fill(0, name, parameter)  # as a checkpoint would be: the same for every run
+    fresh = {n for n, _ in base.named_parameters() if labels and _is_head(base, n)}
+    return base, _byte_tokenizer(), fresh
+
+
+def _byte_tokenizer() -> Any:
+    """Bytes, and a few label words as one token each with their leading space."""
+    symbols = [*_SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    merges = []
+    for word in _WORDS:
+        part = "\u0120"  # the byte-level alphabet's space
+        for letter in word:
+            if part + letter not in vocabulary:
+                merges.append((part, letter))
+                vocabulary[part + letter] = len(vocabulary)
+            part += letter
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrap: Any = transformers.PreTrainedTokenizerFast
+    return wrap(tokenizer_object=tokenizer, **_SPECIAL)
+
+
+def _check_length(model_id: str, base: Any, max_length: int) -> None:
+    positions = getattr(base.config, "max_position_embeddings", None)
+    if positions is not None and base.config.model_type in ("roberta", "xlm-roberta"):
+        positions -= 2  # its first two rows stand for padding
+    if positions is not None and max_length > positions:
+        raise ModelError(f"data.max_length {max_length}: {model_id} has {positions} positions")
+
+
+# The trained part
+
+
+def _fill(seed: int, name: str, tensor: torch.Tensor, bound: float = 0.02 * math.sqrt(3)) -> None:
+    """Give a tensor its first value: norms one, biases zero, matrices uniform.
+
+    The numbers are the shared stream's, so that every node begins with the same bits;
+    the bound gives the usual deviation of 0.02.
+    """
+    with torch.no_grad():
+        if tensor.dim() < 2:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+            return
+        digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
+        key = noise.key("init", seed, int.from_bytes(digest, "little"))
+        flat = tensor.view(-1)
+        draws = noise.uniforms(key, 0, min(flat.numel(), _BLOCK))
+        block = torch.from_numpy(draws * np.float32(bound))
+        for start in range(0, flat.numel(), _BLOCK):
+            part = flat[start : start + _BLOCK]
+            part.copy_(block[: part.numel()])
+
+
+def _head(base: Any, fresh: set[str]) -> list[str]:
+    """Modules on top of the base model, and a pooler that the checkpoint lacks."""
+    names = [n for n, m in base.named_children() if n != base.base_model_prefix]
+    head = [n for n in names if any(True for _ in base.get_submodule(n).parameters())]
+    poolers = {n.rpartition(".")[0] for n in fresh if ".pooler." in n}
+    return [*sorted(poolers), *head]
+
+
+def _with_lora(model_id: str, base: Any, peft: Peft, head: list[str], seed: int) -> nn.Module:
+    linear = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    leaves = ", ".join(sorted({n.rpartition(".")[2] for n in linear} - set(head)))
+    for target in peft.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            raise ModelError(f"peft.targets {target!r} is not in {model_id}; it has {leaves}")
+    config = peft_library.LoraConfig(
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        r=peft.rank,
+        lora_alpha=peft.alpha,  # type: ignore[arg-type]  # peft divides; a float is fine
+        lora_dropout=0.0,
+        target_modules=list(peft.targets) or None,
+        layers_to_transform=_layers(model_id, base, peft.layers),
+        modules_to_save=head or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+    )
+    try:
+        wrapped = peft_library.get_peft_model(base, config)
+    except ValueError as error:
+        why = sources.first_line(error)
+        raise ModelError(f"LoRA on {model_id}: {why}; peft.targets may be {leaves}") from error
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_A." in name:  # as peft does it, kaiming uniform with a = sqrt(5)
+            _fill(seed, name, parameter, 1 / math.sqrt(parameter.shape[1]))
+    return wrapped
+
+
+def _layers(model_id: str, base: Any, layers: tuple[int, ...]) -> list[int] | None:
+    if not layers:
+        return None
+    count = base.config.num_hidden_layers
+    for layer in layers:
+        if not -count <= layer < count:
+            raise ModelError(
+                f"peft.layers {layer}: {model_id} has layers 0 to {count - 1}, or -{count} to -1"
+            )
+    return sorted({layer % count for layer in layers})
+
+
+def _train_in_fp32(model: nn.Module) -> None:
+    """Hold trained tensors in fp32, and cast what flows into a module that has them.
+
+    peft casts inside LoRA's layers, but not for a head over a bf16 base.
+    """
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        for parameter in own:
+            parameter.data = parameter.data.float()
+        if own and ".lora_" not in name:
+            module.register_forward_pre_hook(_cast_to_fp32)
+
+
+def _cast_to_fp32(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
+
+
+def _in_units(names: list[str]) -> list[str]:
+    """The same names, those of one unit together, units in order of appearance."""
+    units: dict[str, list[str]] = {}
+    for name in names:
+        units.setdefault(_unit(name), []).append(name)
+    return [name for unit in units.values() for name in unit]
+
+
+def _saved(name: str) -> str:
+    """A parameter's name in the saved checkpoint: without the adapter's name."""
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def _unit(name: str) -> str:
+    """The path of the module whose tensors belong together: a LoRA pair, a layer."""
+    path = _saved(name).removeprefix("base_model.model.").rpartition(".")[0]
+    return path.removesuffix(".lora_A").removesuffix(".lora_B")

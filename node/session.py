@@ -1,0 +1,262 @@
+"""A node's life: log in, load, take jobs, send outcomes, survive a lost connection, leave.
+
+This thread only talks; ``engine`` computes.  So a heartbeat is never stuck behind a
+forward pass, and a node that trains for ten minutes is never taken for dead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from node.engine import Engine, Outcome, Setup
+from protocol import experiment as experiments
+from protocol import wire
+from protocol.blobs import Inbox, Outbox
+from protocol.errors import NetworkError, RefusedError
+from protocol.experiment import Nodes
+from protocol.messages import (
+    Beat,
+    Bye,
+    Carrier,
+    Chunk,
+    Evaluate,
+    Hello,
+    Pull,
+    Refuse,
+    Reject,
+    Step,
+    Task,
+    ToCoordinator,
+    Welcome,
+    read_refusal,
+    to_node,
+)
+from protocol.messages import to_coordinator as outward
+from protocol.noise import STREAM
+from protocol.transport import Dealer
+from protocol.wire import Frame, RemoteProtocolError, VersionError
+
+log = logging.getLogger(__name__)
+
+MAX_BACKOFF_SECONDS = 30.0
+COORDINATOR = b""  # the one peer
+
+
+@dataclass
+class _Job:
+    """A job in the order received; a step may still be waiting for its payload."""
+
+    message: Carrier | Task | Evaluate
+    data: Frame | None = None
+    is_whole: bool = True
+
+
+class Session:
+    """One node process.
+
+    Args:
+        endpoint: the coordinator's, ``tcp://HOST:PORT``.
+        name: this node's identity.
+        software: our version, which must equal the coordinator's.
+        setup: what it was started with.
+        give_up_seconds: how long to look for the coordinator before it is an error; 0
+            is for ever.
+        make_engine: tests put a scripted one here.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        name: str,
+        software: str,
+        setup: Setup,
+        give_up_seconds: float = 0.0,
+        make_engine: Callable[..., Engine] = Engine,
+    ) -> None:
+        self._endpoint, self._setup = endpoint, setup
+        self._give_up_seconds, self._make_engine = give_up_seconds, make_engine
+        self._hello = Hello(
+            node=name,
+            software=software,
+            stream=STREAM,
+            clients=setup.clients,
+            role="evaluate" if setup.evaluates else "train",
+            host=platform.node(),
+            pid=os.getpid(),
+        )
+        self._dealer = Dealer(endpoint)
+        self._nodes = Nodes()
+        self._engine: Engine | None = None
+        self._run_id = ""
+        self._is_in = False  # logged in on this connection
+        self._heard = self._lost_at = time.monotonic()
+        self._beat_at = 0.0
+        self._backoff = 0.5
+        self._jobs: deque[_Job] = deque()
+        self._outbox, self._inbox = Outbox(), Inbox[_Job]()
+        self._finished = False
+
+    def run(self) -> None:
+        """Work until the run is over.
+
+        Raises:
+            RefusedError: the coordinator turned this node away.
+            NetworkError: the coordinator was not to be found for ``give_up_seconds``.
+            SeedwireError: model or data could not be loaded.
+        """
+        self._send(self._hello)
+        while not self._finished:
+            now = time.monotonic()
+            frames = self._dealer.recv(max(0.0, self._next_due() - now))
+            if frames is not None:
+                self._receive(frames)
+            for outcome in self._engine.take() if self._engine else []:
+                self._send_out(outcome)
+            self._keep_alive()
+
+    def leave(self, reason: str) -> bool:
+        """Say goodbye and close; False when a job is still running in its thread."""
+        if self._is_in and not self._finished:
+            self._send(Bye(reason=reason))
+        is_idle = self._engine is None or self._engine.stop(0.5)
+        self._dealer.close()
+        return is_idle
+
+    # --- staying connected -------------------------------------------------------
+
+    def _next_due(self) -> float:
+        quiet = self._heard + (self._nodes.patience_seconds if self._is_in else self._backoff)
+        return min(quiet, self._beat_at + self._nodes.heartbeat_seconds)
+
+    def _keep_alive(self) -> None:
+        now = time.monotonic()
+        if self._is_in and now >= self._beat_at + self._nodes.heartbeat_seconds:
+            self._beat_at = now
+            self._send(Beat(busy=self._engine.busy if self._engine else ""))
+        patience = self._nodes.patience_seconds if self._is_in else self._backoff
+        if now >= self._heard + patience:
+            self._reconnect(now)
+        elif not self._is_in:
+            self._beat_at = now
+
+    def _reconnect(self, now: float) -> None:
+        """A fresh connection and another login, less and less often."""
+        if self._is_in:
+            log.warning("lost the coordinator at %s; looking for it again", self._endpoint)
+            self._is_in, self._lost_at, self._backoff = False, now, 0.5
+            self._forget_transfers()
+        away = now - self._lost_at
+        if self._give_up_seconds and away > self._give_up_seconds:
+            raise NetworkError(f"no coordinator at {self._endpoint} for {away:.0f} s")
+        if self._backoff > 2:
+            log.info("no coordinator at %s yet (%.0f s)", self._endpoint, away)
+        jitter = random.uniform(0.75, 1.25)  # noqa: S311 - so that nodes do not come all at once
+        self._backoff = min(MAX_BACKOFF_SECONDS, 1.5 * self._backoff * jitter)
+        self._heard = now
+        self._dealer.reconnect()
+        self._send(self._hello)
+
+    def _forget_transfers(self) -> None:
+        """What was on its way on the old connection is asked for anew."""
+        self._inbox.forget(COORDINATOR)
+        self._outbox = Outbox()
+        self._jobs.clear()
+
+    # --- messages ----------------------------------------------------------------
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            message, buffer = to_node.unpack(frames)
+        except VersionError as error:
+            refusal = read_refusal(frames)
+            why = refusal.reason if refusal else f"{error}: install the same seedwire on both"
+            raise RefusedError(why) from error
+        except RemoteProtocolError as error:
+            log.warning("dropped a message of the coordinator: %s", error)
+            return
+        self._heard = time.monotonic()
+        match message:
+            case Beat():
+                pass
+            case Welcome():
+                self._welcome(message)
+            case Refuse(code="login"):
+                self._is_in = False
+                self._forget_transfers()
+                self._send(self._hello)
+            case Refuse(reason=reason):
+                raise RefusedError(reason)
+            case Step() | Task() | Evaluate():
+                self._queue(message, buffer)
+            case Chunk():
+                self._chunk(message, buffer)
+            case Pull():
+                chunk, data = self._outbox.answer(message)
+                self._send(chunk, data)
+            case Reject(client=client, round=number, reason=reason):
+                log.warning("update of client %d, round %d rejected: %s", client, number, reason)
+            case Bye(finished=finished, reason=reason):
+                log.info("the coordinator says goodbye: %s", reason)
+                self._finished, self._is_in = finished, False
+
+    def _welcome(self, welcome: Welcome) -> None:
+        self._is_in, self._backoff = True, 0.5
+        experiment = experiments.convert(welcome.experiment, "experiment from the coordinator")
+        self._nodes = experiment.nodes
+        if self._engine is None or welcome.run != self._run_id:
+            log.info("logged in to run %s as %s", welcome.run, self._hello.node)
+            self._run_id = welcome.run
+            self._engine = self._make_engine(experiment, self._setup, self._dealer.wake)
+        elif self._engine.ready is not None:
+            log.info("back in run %s", welcome.run)
+            self._send(self._engine.ready)
+
+    def _queue(self, message: Step | Task | Evaluate, buffer: Frame | None) -> None:
+        job = _Job(message, buffer)
+        if isinstance(message, Step) and message.blob is not None and message.payload is not None:
+            job.is_whole = False
+            nbytes = message.payload.nbytes
+            for pull in self._inbox.open(COORDINATOR, message.blob, nbytes, job):
+                self._send(pull)
+        self._jobs.append(job)
+        self._flush()
+
+    def _chunk(self, chunk: Chunk, buffer: Frame | None) -> None:
+        try:
+            pulls, arrived = self._inbox.take(COORDINATOR, chunk, buffer)
+        except RemoteProtocolError as error:
+            log.warning("dropped a chunk: %s", error)
+            return
+        for pull in pulls:
+            self._send(pull)
+        if arrived is not None:
+            arrived.item.data, arrived.item.is_whole = arrived.data, True
+            self._flush()
+
+    def _flush(self) -> None:
+        """Hand on what is whole, in the order received: a step before the task that needs it."""
+        while self._jobs and self._jobs[0].is_whole and self._engine is not None:
+            job = self._jobs.popleft()
+            self._engine.submit(job.message, job.data)
+
+    def _send_out(self, outcome: Outcome) -> None:
+        if not self._is_in:
+            return  # the coordinator will ask again at the next login
+        message, data = outcome.message, outcome.data
+        if data is not None and len(data) > wire.MAX_INLINE_BYTES:
+            blob = self._outbox.put(data, once=True)
+            message, data = msgspec.structs.replace(message, blob=blob), None
+        self._send(message, data)
+
+    def _send(self, message: ToCoordinator | object, buffer: Frame | None = None) -> None:
+        if not self._dealer.send(outward.pack(message, buffer)):  # type: ignore[arg-type]
+            log.warning("the connection takes nothing; %s dropped", type(message).__name__)

@@ -1,0 +1,208 @@
+"""The thread that computes: one job after another, on one model that stays loaded.
+
+Jobs come in as the coordinator's messages and outcomes go out as messages, so that the
+thread which talks to the network is never stuck behind a forward pass.  This module
+imports torch; the rest of a node does without until there is something to load.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import torch
+
+from fedalgos import registry
+from fedalgos.method import Assignment, Work
+from fedalgos.space import ParamSpace, digest
+from node import batches, data, model, task
+from node.engine import Outcome, Setup
+from node.measure import Phases
+from node.oracle import TorchOracle
+from protocol import payload
+from protocol.experiment import Experiment
+from protocol.messages import (
+    Evaluate,
+    Failed,
+    Message,
+    Ready,
+    Score,
+    Step,
+    Sync,
+    Task,
+    Update,
+)
+from protocol.payload import Flat
+from protocol.wire import Frame, RemoteProtocolError
+
+log = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 32
+
+
+class Worker:
+    """Model, data, and the parameters at some version.  Used by one thread only."""
+
+    def __init__(self, experiment: Experiment, setup: Setup) -> None:
+        """Load everything; this is the long part.
+
+        Raises:
+            SeedwireError: the model or the data is not there or does not fit.
+        """
+        if setup.threads:
+            torch.set_num_threads(setup.threads)
+        self._experiment, self._setup = experiment, setup
+        self._phases = Phases(cuda=setup.device.startswith("cuda"))
+        self.settings = registry.settings(experiment.method)
+        with self._phases("load"):
+            shards = data.load(experiment.data, experiment.partition, setup.clients)
+            trained = model.load(
+                experiment.model,
+                experiment.peft,
+                experiment.data,
+                len(shards.classes),
+                jvp=registry.needs_jvp(self.settings),
+                device=setup.device,
+                seed=experiment.run.seed,
+            )
+            self._task = task.TextTask(trained, experiment.data, shards.classes)
+            self._oracle = TorchOracle(trained, self._task)
+            self._train = {c: self._task.tokenise(e) for c, e in shards.train.items()}
+            self._test = self._task.tokenise(shards.test)
+        self._trained = trained
+        self._space = ParamSpace.of(trained.infos)
+        self._method = registry.build(self.settings, self._space, experiment.run.seed)
+        self._num_classes = len(shards.classes)
+        self.x: Flat = self._oracle.initial()
+        self.version, self._digest = 0, digest(self.x)
+
+    def ready(self) -> Outcome:
+        """Say what was loaded; an evaluator brings the parameters along."""
+        with self._phases("inference"):  # the yardstick for "over inference"
+            self._task.score(self._task.batch(self._test, self._probe()))
+        ready = msgspec.structs.replace(self.statement(), costs=self._phases.take())
+        if not self._setup.evaluates:
+            return Outcome(ready)
+        whole = payload.Dense(self.x)
+        spec = payload.spec_of(whole)
+        ready = msgspec.structs.replace(ready, tensors=self._space.tensors, payload=spec)
+        return Outcome(ready, payload.encode(whole))
+
+    def statement(self) -> Ready:
+        """Which version is held; what a login after a lost connection repeats."""
+        return Ready(
+            version=self.version,
+            digest=self._digest,
+            space=self._space.digest,
+            classes=self._num_classes,
+        )
+
+    def run(self, message: Message, buffer: Frame | None) -> Outcome | None:
+        """Do one job; returns what to tell the coordinator, if anything."""
+        match message:
+            case Step():
+                return self._apply(message, buffer)
+            case Task():
+                return self._local(message)
+            case Evaluate():
+                return self._score(message)
+            case _:
+                raise TypeError(f"not a job: {message}")
+
+    def _apply(self, step: Step, buffer: Frame | None) -> Outcome | None:
+        if step.version <= self.version and not step.snapshot:
+            return None  # sent twice
+        replaces = step.snapshot or self._method.absolute
+        if not replaces and step.version != self.version + 1:
+            return self._sync(f"version {step.version} does not follow {self.version}")
+        if step.payload is None or buffer is None:
+            return self._sync(f"step {step.version} came without its payload")
+        with self._phases("catch-up"):
+            try:
+                value = payload.decode(step.payload, buffer)
+            except RemoteProtocolError as error:
+                return self._sync(f"step {step.version}: {error}")
+            if step.snapshot:
+                x = value.values.copy()
+            else:
+                x = self._method.apply(self.x, step.round, value)
+            got = digest(x)
+            if got != step.digest:
+                return self._sync(f"the digest of version {step.version} differs")
+        self.x, self.version, self._digest = x, step.version, got
+        return None
+
+    def _sync(self, reason: str) -> Outcome:
+        return Outcome(Sync(version=self.version, reason=reason))
+
+    def _local(self, order: Task) -> Outcome | None:
+        if order.version != self.version:
+            return None  # a resync is under way, after which the task comes again
+        try:
+            return self._update(order)
+        except Exception as error:  # out of memory, a model without a forward rule, ...
+            log.exception("client %d, round %d", order.client, order.round)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+            return Outcome(
+                Failed(round=order.round, attempt=order.attempt, client=order.client, reason=reason)
+            )
+
+    def _update(self, order: Task) -> Outcome:
+        tokens = self._train[order.client]
+        seen: list[int] = []
+
+        def drawn() -> Iterator[Any]:
+            for rows in batches.indices(
+                len(tokens),
+                self.settings.batch_size,
+                self.settings.steps,
+                seed=self._experiment.run.seed,
+                client=order.client,
+                round=order.round,
+            ):
+                seen.append(len(rows))
+                yield self._task.batch(tokens, rows)
+
+        work = Work(order.round, Assignment(order.client, order.units))
+        with self._phases("train"):
+            value, loss = self._method.local(self.x, self._oracle, drawn(), work)
+        with self._phases("encode"):
+            spec, buffer = payload.spec_of(value), payload.encode(value)
+        update = Update(
+            round=order.round,
+            attempt=order.attempt,
+            client=order.client,
+            examples=sum(seen),
+            loss=loss,
+            payload=spec,
+            costs=self._phases.take(),
+        )
+        return Outcome(update, buffer)
+
+    def _score(self, message: Evaluate) -> Outcome | None:
+        if message.version != self.version:
+            return None  # a resync is under way, after which the request comes again
+        with self._phases("evaluate"):
+            self._oracle.load(self.x)
+            loss, correct, count = 0.0, 0, 0
+            for start in range(0, len(self._test), EVALUATION_BATCH):
+                rows = range(start, min(start + EVALUATION_BATCH, len(self._test)))
+                batch_loss, right, n = self._task.score(self._task.batch(self._test, rows))
+                loss, correct, count = loss + batch_loss, correct + right, count + n
+        if message.last and self._setup.export is not None:
+            self._trained.export(self._setup.export)
+        return Outcome(
+            Score(
+                version=self.version,
+                loss=loss / count,
+                metric=correct / count,
+                examples=count,
+                costs=self._phases.take(),
+            )
+        )
+
+    def _probe(self) -> range:
+        """Rows of one evaluation batch of the training batch size."""
+        return range(min(self.settings.batch_size, len(self._test)))

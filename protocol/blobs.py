@@ -1,0 +1,133 @@
+"""Chunked transfer: a payload over 1 MiB stays with its owner until it is pulled.
+
+The receiver asks for chunks, a few at a time, and each answer is its credit for the
+next; so neither side queues more than the window, and nobody holds two copies.  No I/O:
+both classes turn messages into messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from protocol.messages import Chunk, Pull
+from protocol.wire import MAX_INLINE_BYTES, Frame, RemoteProtocolError
+
+CHUNK_BYTES = MAX_INLINE_BYTES // 2
+WINDOW = 4  # chunks asked for and not yet here
+
+T = TypeVar("T")
+Peer = bytes
+
+
+class Outbox:
+    """Blobs that this side offers."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[int, memoryview] = {}
+        self._once: set[int] = set()
+        self._next = 0
+
+    def put(self, data: memoryview, once: bool = False) -> int:
+        """Offer a buffer; it is kept, not copied, until dropped.
+
+        With ``once`` it has a single reader, and goes when its last byte was pulled.
+        """
+        self._next += 1
+        self._blobs[self._next] = data
+        if once:
+            self._once.add(self._next)
+        return self._next
+
+    def drop(self, blob: int) -> None:
+        """Withdraw; a pull that is still under way is told ``gone``."""
+        self._blobs.pop(blob, None)
+        self._once.discard(blob)
+
+    def answer(self, pull: Pull) -> tuple[Chunk, memoryview | None]:
+        """The chunk that a pull asks for.
+
+        Raises:
+            RemoteProtocolError: the range is outside the blob.
+        """
+        data = self._blobs.get(pull.blob)
+        if data is None:
+            return Chunk(blob=pull.blob, offset=pull.offset, gone=True), None
+        if pull.offset + pull.nbytes > len(data):
+            raise RemoteProtocolError(f"pull past the end of blob {pull.blob}")
+        chunk = Chunk(blob=pull.blob, offset=pull.offset)
+        if pull.blob in self._once and pull.offset + pull.nbytes == len(data):
+            self.drop(pull.blob)
+        return chunk, data[pull.offset : pull.offset + pull.nbytes]
+
+
+@dataclass
+class _Arriving(Generic[T]):
+    item: T
+    data: memoryview
+    asked: int = 0
+    due: dict[int, int] = field(default_factory=dict)  # offset -> size of the open pulls
+
+
+@dataclass(frozen=True)
+class Arrived(Generic[T]):
+    """A whole blob, or ``data`` None where the other side no longer has it."""
+
+    item: T
+    data: memoryview | None
+
+
+class Inbox(Generic[T]):
+    """Blobs on their way here, each for an item (the message that announced it)."""
+
+    def __init__(self, allocate: Callable[[int], memoryview] | None = None) -> None:
+        self._allocate = allocate or (lambda nbytes: memoryview(bytearray(nbytes)))
+        self._arriving: dict[tuple[Peer, int], _Arriving[T]] = {}
+
+    def open(self, peer: Peer, blob: int, nbytes: int, item: T) -> list[Pull]:
+        """Start a transfer; the caller has checked that ``nbytes`` is what it expects."""
+        self._arriving[peer, blob] = arriving = _Arriving(item, self._allocate(nbytes))
+        return self._ask(blob, arriving)
+
+    def expects(self, peer: Peer, blob: int) -> T | None:
+        """The item a chunk of this blob would be for."""
+        arriving = self._arriving.get((peer, blob))
+        return arriving.item if arriving else None
+
+    def forget(self, peer: Peer) -> list[T]:
+        """Give up all transfers from a peer; returns their items."""
+        gone = [key for key in self._arriving if key[0] == peer]
+        return [self._arriving.pop(key).item for key in gone]
+
+    def take(
+        self, peer: Peer, chunk: Chunk, buffer: Frame | None
+    ) -> tuple[list[Pull], Arrived[T] | None]:
+        """Store a chunk; returns further pulls, and the blob once it is whole.
+
+        Raises:
+            RemoteProtocolError: a chunk that was not asked for, or of another size.
+        """
+        arriving = self._arriving.get((peer, chunk.blob))
+        if arriving is None:
+            return [], None  # of a transfer given up
+        if buffer is None:
+            del self._arriving[peer, chunk.blob]
+            return [], Arrived(arriving.item, None)
+        if arriving.due.pop(chunk.offset, None) != len(buffer):
+            raise RemoteProtocolError(f"chunk at {chunk.offset} of blob {chunk.blob} not asked for")
+        arriving.data[chunk.offset : chunk.offset + len(buffer)] = buffer
+        pulls = self._ask(chunk.blob, arriving)
+        if arriving.due:
+            return pulls, None
+        del self._arriving[peer, chunk.blob]
+        return [], Arrived(arriving.item, arriving.data)
+
+    def _ask(self, blob: int, arriving: _Arriving[T]) -> list[Pull]:
+        pulls = []
+        while len(arriving.due) < WINDOW and arriving.asked < len(arriving.data):
+            size = min(CHUNK_BYTES, len(arriving.data) - arriving.asked)
+            pulls.append(Pull(blob=blob, offset=arriving.asked, nbytes=size))
+            arriving.due[arriving.asked] = size
+            arriving.asked += size
+        return pulls

@@ -1,0 +1,119 @@
+"""Sockets: one ROUTER at the coordinator, one DEALER at each node, frames in and out.
+
+Nothing is decided here.  CURVE keys, and the kernel's own byte counters, will be set up
+where the sockets are made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+
+import zmq
+
+from protocol.errors import NetworkError
+from protocol.wire import MAX_BODY_BYTES, MAX_INLINE_BYTES, Frame
+
+log = logging.getLogger(__name__)
+
+LINGER_MS = 1000  # how long a close waits for a last goodbye to leave
+
+
+def _configure(socket: zmq.Socket[bytes], ipv6: bool) -> None:
+    socket.setsockopt(zmq.LINGER, LINGER_MS)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES + MAX_INLINE_BYTES)
+    socket.setsockopt(zmq.IPV6, ipv6)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+
+
+class Router:
+    """The coordinator's end; a peer is the routing id of one connection."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        _configure(self._socket, ipv6="[" in endpoint)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            hint = " (port in use)" if error.errno == zmq.EADDRINUSE else ""
+            raise NetworkError(f"cannot listen on {endpoint}: {error}{hint}") from error
+        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def recv(self, within_seconds: float) -> tuple[bytes, list[bytes]] | None:
+        """The next message and its peer, or None after a silence."""
+        if not self._socket.poll(round(within_seconds * 1000), zmq.POLLIN):
+            return None
+        peer, *frames = self._socket.recv_multipart()
+        return peer, frames
+
+    def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
+        """Queue a message; False when the peer is gone or takes nothing any more."""
+        try:
+            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=True)
+        except (zmq.Again, zmq.ZMQError) as error:
+            log.debug("not sent to %s: %s", peer.hex(), error)
+            return False
+        return True
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+class Dealer:
+    """A node's end, with a pipe through which its own threads wake it."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._endpoint = endpoint
+        self._socket = self._connect()
+        self._inner, self._wake = os.pipe()  # not a socket: those belong to one thread
+        os.set_blocking(self._wake, False)
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        _configure(socket, ipv6=True)
+        try:
+            socket.connect(self._endpoint)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise NetworkError(f"bad address {self._endpoint}: {error}") from error
+        return socket
+
+    def reconnect(self) -> None:
+        """Drop the connection, with whatever is queued on it, and make a new one."""
+        self._socket.close(linger=0)
+        self._socket = self._connect()
+
+    def wake(self) -> None:
+        """Make ``recv`` return; from any thread."""
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+            os.write(self._wake, b"\0")
+
+    def recv(self, within_seconds: float) -> list[bytes] | None:
+        """The next message, or None after a silence or a wake-up."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._inner, zmq.POLLIN)
+        ready = dict(poller.poll(round(within_seconds * 1000)))
+        if self._inner in ready:
+            os.read(self._inner, 4096)
+        return self._socket.recv_multipart() if self._socket in ready else None
+
+    def send(self, frames: Sequence[Frame]) -> bool:
+        """Queue a message; False when the queue is full."""
+        try:
+            self._socket.send_multipart(list(frames), zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close, after what was sent has left or ``LINGER_MS`` have passed."""
+        self._socket.close()
+        self._context.term()

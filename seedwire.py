@@ -1,0 +1,48 @@
+"""The ``seedwire`` command: one entry, a subcommand for each thing a person does."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from coordinator.cli import coordinator, report
+from deploy.cli import demo, run
+from node.cli import fetch, node
+
+app = typer.Typer(
+    name="seedwire",
+    help="Federated fine-tuning of language models on real machines, with every byte counted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (run, demo, coordinator, node, report, fetch):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"seedwire {metadata.version('seedwire')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+    del version
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
