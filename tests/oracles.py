@@ -1,0 +1,162 @@
+"""Models small enough to check by hand, and a federation of them without a network."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedalgos.method import Assignment, Batch, Contribution, Method, Oracle, Vector, Work
+from fedalgos.space import ParamSpace
+from protocol import noise, payload
+from protocol.messages import TensorInfo
+from protocol.noise import Direction
+from protocol.payload import Flat, Payload
+
+Exact = npt.NDArray[np.float64]
+Batches = Callable[[int, int], Sequence[Batch]]  # of a client in a round
+
+
+def f32(*xs: float) -> Flat:
+    return np.array(xs, np.float32)
+
+
+class Numpy(ABC):
+    """Implements Oracle: float32 vectors, everything between them in float64."""
+
+    @abstractmethod
+    def value(self, x: Exact, batch: Batch) -> float: ...
+
+    @abstractmethod
+    def gradient(self, x: Exact, batch: Batch) -> Exact: ...
+
+    def array(self, x: Flat) -> Vector:
+        return np.array(x, np.float32)
+
+    def numpy(self, x: Vector) -> Flat:
+        return np.asarray(x, np.float32)
+
+    def loss(self, x: Vector, batch: Batch) -> float:
+        return self.value(np.asarray(x, np.float64), batch)
+
+    def grad(self, x: Vector, batch: Batch) -> tuple[float, Vector]:
+        g = self.gradient(np.asarray(x, np.float64), batch)
+        return self.loss(x, batch), g.astype(np.float32)
+
+    def jvp(self, x: Vector, direction: Direction, batch: Batch) -> tuple[float, float]:
+        g = self.gradient(np.asarray(x, np.float64), batch)
+        return self.loss(x, batch), float(g @ direction.dense(len(x)).astype(np.float64))
+
+    def losses(
+        self, x: Vector, direction: Direction, eps: float, batch: Batch
+    ) -> tuple[float, float]:
+        wide, z = np.asarray(x, np.float64), direction.dense(len(x)).astype(np.float64)
+        return self.value(wide + eps * z, batch), self.value(wide - eps * z, batch)
+
+    def add_(self, x: Vector, alpha: float, direction: Direction) -> None:
+        noise.add_(x, alpha, direction)
+
+
+@dataclass(frozen=True)
+class Quadratic(Numpy):
+    """f = (c + b).x + x'Ax/2, where the batch b is a vector or None; no A is linear."""
+
+    c: Flat
+    a: Flat | None = None  # (d, d), symmetric
+
+    def value(self, x: Exact, batch: Batch) -> float:
+        bend = 0.0 if self.a is None else x @ self.a @ x / 2
+        return float(self._c(batch) @ x + bend)
+
+    def gradient(self, x: Exact, batch: Batch) -> Exact:
+        return self._c(batch) + (0.0 if self.a is None else self.a @ x)
+
+    def _c(self, batch: Batch) -> Exact:
+        c: Exact = self.c.astype(np.float64)
+        return c if batch is None else c + batch
+
+
+@dataclass(frozen=True)
+class Product(Numpy):
+    """f = (w2 w1 x - y)^2 / 2, where the batch is (x, y): the two weights talk to each other."""
+
+    def value(self, x: Exact, batch: Batch) -> float:
+        return float(self._residual(x, batch) ** 2 / 2)
+
+    def gradient(self, x: Exact, batch: Batch) -> Exact:
+        return np.array(self._residual(x, batch) * batch[0] * x[::-1])
+
+    def _residual(self, x: Exact, batch: Batch) -> float:
+        return float(x[0] * x[1] * batch[0] - batch[1])
+
+
+def towards(target: Flat) -> Quadratic:
+    """|x - target|^2 / 2, up to a constant."""
+    return Quadratic(-target, np.eye(len(target), dtype=np.float32))
+
+
+def space_of(*sizes: int) -> ParamSpace:
+    """One tensor and one unit for each size."""
+    return ParamSpace.of([TensorInfo(f"t{i}", (n,), f"u{i}") for i, n in enumerate(sizes)])
+
+
+def contribution(
+    value: Payload, client: int = 0, examples: int = 1, units: tuple[int, ...] = ()
+) -> Contribution:
+    return Contribution(Assignment(client, units), examples, value)
+
+
+def over_the_wire(value: Payload) -> Payload:
+    return payload.decode(payload.spec_of(value), bytes(payload.encode(value)))
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a committed round left behind; round 0 is what ``init`` published."""
+
+    round: int
+    x: Flat
+    step: Payload
+    state: Any
+
+
+def play(
+    method: Method[Any],
+    oracles: Mapping[int, Oracle],
+    x: Flat,
+    rounds: int,
+    *,
+    examples: Mapping[int, int] | None = None,
+    batches: Batches = lambda client, round: [None],
+) -> Iterator[Round]:
+    """Run rounds 1 to ``rounds`` as a coordinator and its nodes would, bytes and all."""
+    state, published = method.init(x)
+    if published is not None:
+        x = method.apply(x, 0, over_the_wire(published))
+        yield Round(0, x, published, state)
+    for r in range(1, rounds + 1):
+        state, step = method.aggregate(
+            state, x, r, _contributions(method, oracles, x, r, examples or {}, batches)
+        )
+        step = over_the_wire(step)
+        x = method.apply(x, r, step)
+        yield Round(r, x, step, state)
+
+
+def _contributions(
+    method: Method[Any],
+    oracles: Mapping[int, Oracle],
+    x: Flat,
+    round: int,
+    examples: Mapping[int, int],
+    batches: Batches,
+) -> Iterator[Contribution]:
+    for a in method.plan(round, sorted(oracles)):
+        sent, _ = method.local(x, oracles[a.client], batches(a.client, round), Work(round, a))
+        got = over_the_wire(sent)
+        assert method.accepts(a, got) is None
+        yield Contribution(a, examples.get(a.client, 1), got)

@@ -1,0 +1,322 @@
+"""Laws that hold for every method.  A new method is one row in ``ROWS``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedalgos.fedavg import FedAvg
+from fedalgos.fedmezo import FedMezo
+from fedalgos.flasc import Flasc
+from fedalgos.method import Contribution, Method, Work
+from fedalgos.optim import Adam, Moments, Sgd, Yogi
+from fedalgos.registry import AnySettings, build
+from fedalgos.space import ParamSpace, digest
+from fedalgos.spry import Spry
+from protocol.payload import Dense, Flat, Payload, Run, Scalars, Sparse, decode, encode, spec_of
+from protocol.wire import RemoteProtocolError
+from tests.oracles import Quadratic, over_the_wire, play, space_of, towards
+
+SEED = 11
+FOUR = space_of(5, 2, 3, 2)  # more units than the two clients below
+ONE = space_of(12)  # fewer
+STEPS = 4
+
+
+class Made(NamedTuple):
+    method: Method[Any]
+    space: ParamSpace
+
+
+Row = Callable[[int], Made]  # from the run's seed
+
+
+def row(o: AnySettings, space: ParamSpace = FOUR) -> Row:
+    return lambda seed: Made(build(o, space, seed), space)
+
+
+ROWS: dict[str, Row] = {
+    "fedavg": row(FedAvg(steps=STEPS)),
+    "fedavg, adam": row(FedAvg(steps=STEPS, server=Adam(lr=0.05))),
+    "fedavg, yogi": row(FedAvg(steps=STEPS, server=Yogi(lr=0.05))),
+    "fedavg, momentum": row(FedAvg(steps=STEPS, server=Sgd(lr=0.5, momentum=0.5))),
+    "fedmezo, scalars": row(FedMezo(steps=STEPS, lr=0.02)),
+    "fedmezo, weights": row(FedMezo(steps=STEPS, lr=0.02, wire="weights")),
+    "spry, M < U": row(Spry(steps=STEPS, local=Sgd(lr=0.02), server=Sgd(lr=1.0))),
+    "spry, M > U": row(Spry(steps=STEPS, local=Sgd(lr=0.02), server=Sgd(lr=1.0)), ONE),
+    "spry, K = 4, yogi": row(
+        Spry(steps=STEPS, perturbations=4, local=Sgd(lr=0.05), server=Yogi(lr=0.05))
+    ),
+    "flasc, all": row(
+        Flasc(
+            steps=STEPS,
+            density_down=1.0,
+            density_up=1.0,
+            local=Sgd(lr=0.1),
+            server=Adam(lr=0.05),
+        )
+    ),
+    "flasc, a quarter": row(Flasc(steps=STEPS, local=Sgd(lr=0.1), server=Sgd(lr=0.5))),
+}
+DRAWS = {name for name in ROWS if name.startswith(("fedmezo", "spry"))}
+ABSOLUTE = {name for name in ROWS if name.startswith(("fedavg", "flasc", "fedmezo, weights"))}
+each_method = pytest.mark.parametrize("made", [r(SEED) for r in ROWS.values()], ids=ROWS.keys())
+each_row = pytest.mark.parametrize("name", ROWS)
+
+# two clients that agree on the quarter of the coordinates that matters
+GOAL = np.array([3, 0, 0, -2, 0, 0, 0, 0, 1, 0, 0, 0], np.float32)
+APART = np.linspace(-0.2, 0.2, 12).astype(np.float32)
+CLIENTS = {3: towards(GOAL + APART), 8: towards(GOAL - APART)}
+START = np.linspace(-0.1, 0.1, 12).astype(np.float32)
+EXAMPLES = {3: 5, 8: 7}
+
+
+def batches(client: int, round: int) -> list[Any]:
+    return [None] * STEPS
+
+
+def frozen(x: Flat) -> Flat:
+    x = x.copy()
+    x.flags.writeable = False  # any in-place write now raises
+    return x
+
+
+def contributions(made: Made, x: Flat, round: int = 1) -> list[Contribution]:
+    """What the two clients send, each after local training from ``x``."""
+    out = []
+    for a in made.method.plan(round, list(CLIENTS)):
+        sent, loss = made.method.local(x, CLIENTS[a.client], batches(0, 0), Work(round, a))
+        assert np.isfinite(loss)
+        out.append(Contribution(a, EXAMPLES[a.client], sent))
+    return out
+
+
+def one_round(made: Made) -> tuple[Any, Flat, Any, Payload]:
+    """State and parameters before a round, state and step after it."""
+    state, published = made.method.init(frozen(START))
+    x = START if published is None else made.method.apply(START, 0, published)
+    after, step = made.method.aggregate(state, frozen(x), 1, contributions(made, x))
+    return state, x, after, step
+
+
+def bits(value: object) -> object:
+    """A state's every number, comparable."""
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.tobytes())
+    if isinstance(value, Moments):
+        return (bits(value.m), bits(value.v), value.steps)
+    if isinstance(value, dict):
+        return {k: bits(v) for k, v in value.items()}
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: bits(getattr(value, name)) for name in value.__dataclass_fields__}
+    return value
+
+
+def freeze(value: object) -> None:
+    """Make every array of a state read-only."""
+    if isinstance(value, np.ndarray):
+        value.flags.writeable = False
+    elif isinstance(value, dict):
+        for v in value.values():
+            freeze(v)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            freeze(getattr(value, name))
+
+
+@each_method
+@settings(max_examples=20)
+@given(cohort=st.lists(st.integers(0, 99), min_size=1, max_size=9, unique=True))
+def test_plan_gives_each_client_once_and_covers_every_unit(made: Made, cohort: list[int]) -> None:
+    plan = made.method.plan(1, cohort)
+    assert [a.client for a in plan] == cohort
+    everything = set(range(len(made.space.units)))
+    held = [set(a.units) or everything for a in plan]
+    assert set().union(*held) == everything
+    assert all(len(a.units) == len(set(a.units)) for a in plan)
+
+
+@each_method
+def test_local_borrows_the_parameters_and_answers_what_is_accepted(made: Made) -> None:
+    for c in contributions(made, frozen(START)):
+        assert made.method.accepts(c.assignment, c.payload) is None
+        assert c.payload.values.dtype == np.float32
+
+
+def others(payload: Payload) -> Iterator[Payload]:
+    """Payloads of another kind or size, as like to this one as can be."""
+    v = payload.values
+    n = len(v)
+    match payload:
+        case Dense(units=units):
+            yield Dense(v[:-1], units)
+            yield Dense(np.append(v, v[:1]), units)
+            yield Dense(v, (*units, 0))
+        case Sparse(size=size, places=places):
+            yield Sparse(size, places[:-1], v[:-1])
+            yield Sparse(size + 1, places, v)
+        case Scalars(runs=runs):
+            (run,) = runs
+            yield Scalars((Run(run.client, n - 1),), v[:-1])
+            yield Scalars((Run(run.client + 1, n),), v)
+            yield Scalars((Run(run.client, n, 2.0),), v)
+            yield Scalars((run, run), np.append(v, v))
+    if not isinstance(payload, Dense):
+        yield Dense(v)
+    if not isinstance(payload, Sparse):
+        yield Sparse(n, np.arange(n), v)
+    if not isinstance(payload, Scalars):
+        yield Scalars((Run(3, n),), v)
+
+
+@each_method
+def test_a_payload_of_another_kind_or_size_is_not_accepted(made: Made) -> None:
+    for c in contributions(made, START):
+        for other in others(c.payload):
+            assert made.method.accepts(c.assignment, other) is not None, other
+
+
+@each_method
+def test_the_wire_is_exact_and_the_size_is_known_beforehand(made: Made) -> None:
+    for c in contributions(made, START):
+        spec = spec_of(c.payload)
+        back = decode(spec, encode(c.payload))
+        assert len(encode(c.payload)) == spec.nbytes
+        assert spec_of(back) == spec
+        assert bytes(encode(back)) == bytes(encode(c.payload))
+        assert made.method.accepts(c.assignment, back) is None
+
+
+@each_method
+def test_a_value_that_is_not_finite_does_not_get_past_decode(made: Made) -> None:
+    for c in contributions(made, START):
+        c.payload.values[-1] = np.nan
+        with pytest.raises(RemoteProtocolError, match="not finite"):
+            over_the_wire(c.payload)
+
+
+def owned(payload: Payload) -> Payload:
+    """A copy that nobody else holds, so that a weak reference tells who does."""
+    match payload:
+        case Dense(values=v, units=units):
+            return Dense(v.copy(), units)
+        case Sparse(size=size, places=places, values=v):
+            return Sparse(size, places.copy(), v.copy())
+        case Scalars(runs=runs, values=v):
+            return Scalars(runs, v.copy())
+
+
+@each_method
+def test_aggregate_consumes_lazily_and_holds_one_update_at_a_time(made: Made) -> None:
+    """The rule: what grows with the model is held once.
+
+    Scalars do not, and a step made of scalars has to repeat them all, so a method may
+    hold those; a dense or sparse payload must be gone before the next but one is asked for.
+    """
+    x = START
+    ready = contributions(made, x)
+    alive: list[weakref.ref[Flat]] = []
+
+    def arriving() -> Iterator[Contribution]:
+        for i in range(6):
+            assert sum(ref() is not None for ref in alive) <= 1
+            c = ready[i % 2]
+            payload = owned(c.payload)
+            if not isinstance(payload, Scalars):
+                alive.append(weakref.ref(payload.values))
+            yield Contribution(c.assignment, c.examples, payload)
+            del payload
+
+    made.method.aggregate(made.method.init(x)[0], x, 1, arriving())
+
+
+@each_method
+def test_aggregate_mutates_neither_parameters_nor_state_nor_updates(made: Made) -> None:
+    _, x, state, _ = one_round(made)
+    x = frozen(x)
+    freeze(state)
+    before, updates = bits(state), contributions(made, x, round=2)
+    for c in updates:
+        c.payload.values.flags.writeable = False
+    sent = [c.payload.values.tobytes() for c in updates]
+    after, _ = made.method.aggregate(state, x, 2, updates)
+    assert bits(state) == before
+    assert [c.payload.values.tobytes() for c in updates] == sent
+    assert bits(after) == bits(made.method.aggregate(state, x, 2, updates)[0])
+
+
+@each_method
+def test_apply_mutates_nothing_keeps_float32_and_is_deterministic(made: Made) -> None:
+    _, x, _, step = one_round(made)
+    x = frozen(x)
+    step.values.flags.writeable = False
+    sent = step.values.tobytes()
+    first, second = (made.method.apply(x, 1, step) for _ in range(2))
+    assert first.dtype == np.float32
+    assert first.shape == x.shape
+    assert first.tobytes() == second.tobytes() != x.tobytes()
+    assert not np.shares_memory(first, x)
+    assert not np.shares_memory(first, step.values)
+    assert step.values.tobytes() == sent
+
+
+@each_row
+def test_a_step_gives_the_same_from_any_start_where_it_is_said_to_be_absolute(name: str) -> None:
+    made = ROWS[name](SEED)
+    assert made.method.absolute == (name in ABSOLUTE)
+    state, x, _, _ = one_round(made)
+    for answers in (contributions(made, x), contributions(made, x)[:1]):
+        _, step = made.method.aggregate(state, x, 1, answers)
+        here, there = (made.method.apply(a, 1, step) for a in (x, -7 * x + 1))
+        if made.method.absolute:
+            assert here.tobytes() == there.tobytes()
+
+
+@each_row
+def test_a_replica_that_replays_all_steps_equals_the_coordinator_to_the_bit(name: str) -> None:
+    made, replica = ROWS[name](SEED), ROWS[name](SEED).method
+    online = list(play(made.method, CLIENTS, START, 5, examples=EXAMPLES, batches=batches))
+    x = START
+    for r in online:
+        x = replica.apply(x, r.round, over_the_wire(r.step))
+        assert digest(x) == digest(r.x)
+    if replica.absolute:
+        assert digest(replica.apply(0 * START, 5, online[-1].step)) == digest(x)
+
+
+@each_method
+def test_two_clients_on_a_quadratic_converge(made: Made) -> None:
+    *_, last = play(made.method, CLIENTS, START, 150, batches=batches)
+    start, end = (float(((x - GOAL) ** 2).sum()) for x in (START, last.x))
+    assert end < 0.02 * start
+
+
+def trained(name: str, method_seed: int, data_seed: int) -> bytes:
+    """The digest after three rounds; data are noise on a linear term."""
+
+    def noisy(client: int, round: int) -> list[Any]:
+        rng = np.random.default_rng([data_seed, client, round])
+        return [rng.normal(size=12) for _ in range(STEPS)]
+
+    clients = {c: Quadratic(o.c, o.a) for c, o in CLIENTS.items()}
+    *_, last = play(ROWS[name](method_seed).method, clients, START, 3, batches=noisy)
+    return digest(last.x)
+
+
+@each_row
+def test_the_same_seed_twice_gives_the_same_digest_and_another_seed_another(name: str) -> None:
+    first = trained(name, 1, 1)
+    assert first == trained(name, 1, 1)
+    assert first != trained(name, 1, 2)  # other data
+    assert (first != trained(name, 2, 1)) == (name in DRAWS)  # other directions, if it draws any
+
+
+def test_every_method_of_the_registry_has_a_row() -> None:
+    names = {name.split(",")[0] for name in ROWS}
+    assert names == {o.__struct_config__.tag for o in AnySettings.__args__}
