@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from coordinator.history import History, Kept
 from fedalgos.method import Assignment, Contribution, Method
 from fedalgos.space import ParamSpace, digest
@@ -30,16 +32,25 @@ class Central:
         self.history = History(4 * space.size, method.absolute)
         self._state, first = method.init(x)
         if first is not None:
-            self._take(first, round=0)
+            self._take(first, method.apply(x, 0, first), round=0)
 
     def plan(self, round: int, cohort: tuple[int, ...]) -> Mapping[int, Assignment]:
         """Each client's assignment in a round."""
         return {a.client: a for a in self.method.plan(round, cohort)}
 
     def commit(self, round: int, contributions: Iterable[Contribution]) -> None:
-        """Aggregate and apply a round."""
-        self._state, step = self.method.aggregate(self._state, self.x, round, contributions)
-        self._take(step, round)
+        """Aggregate and apply a round: all of it or nothing.
+
+        Raises:
+            ArithmeticError: the result is not finite; nothing has changed.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            state, step = self.method.aggregate(self._state, self.x, round, contributions)
+            x = self.method.apply(self.x, round, step)
+        if not (np.isfinite(step.values).all() and np.isfinite(x).all()):
+            raise ArithmeticError("the aggregate is not finite")
+        self._state = state
+        self._take(step, x, round)
 
     def snapshot(self) -> Kept:
         """The parameters themselves, as a step that any version can take."""
@@ -53,8 +64,8 @@ class Central:
         )
         return Kept(message, encode(payload))
 
-    def _take(self, step: Payload, round: int) -> None:
-        self.x = self.method.apply(self.x, round, step)
+    def _take(self, step: Payload, x: Flat, round: int) -> None:
+        self.x = x
         self.version += 1
         self.digest = digest(self.x)
         message = Step(version=self.version, round=round, digest=self.digest, payload=spec_of(step))

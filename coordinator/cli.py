@@ -36,7 +36,10 @@ def coordinator(
     with command_line(lifeline):
         e = experiments.load(experiment, tuple(set_ or ()))
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ExperimentError(f"cannot make {directory}: {error.strerror}") from error
         place = run.Place(bind, directory or run.run_directory(runs, e.run.name), evaluator)
         run.run(e, place, Console())
 

@@ -94,7 +94,7 @@ class Desk:
         self._outbox, self._inbox = Outbox(), Inbox[Carrier]()
         self._offered: dict[tuple[int, bool], int] = {}  # version, snapshot -> blob
         self._kinds: dict[int, meter.Kind] = {}  # what our own blobs are accounted as
-        self._last_beat = now()
+        self._last_beat = self._last_look = now()
 
     def receive(self, within_seconds: float) -> Iterator[Arrival]:
         """Wait for one message and say what arrived with it, if anything is complete."""
@@ -127,8 +127,9 @@ class Desk:
             self._refuse(peer, refusal)
             return
         member, old = self.roster.admit(hello, peer, self._now())
-        if old is not None and old.peer != peer:
+        if old is not None:
             self._inbox.forget(old.peer)
+        if old is not None and old.peer != peer:
             reason = f"node {hello.node} logged in again from elsewhere"
             self._refuse(old.peer, Refuse(code="superseded", reason=reason))
         self._count_up(member, hello, frames, None)
@@ -193,14 +194,16 @@ class Desk:
 
     def keep_alive(self) -> list[tuple[Member, str]]:
         """Beat to everyone once an interval; returns who has been silent for too long."""
-        now, since = self._now(), self._now() - self._last_beat
-        if since < self._nodes.heartbeat_seconds:
+        now = self._now()
+        if now - self._last_look > self._nodes.heartbeat_seconds:
+            for member in self.roster:
+                member.seen = now  # we ourselves were away: their beats still wait in the queue
+        self._last_look = now
+        if now - self._last_beat < self._nodes.heartbeat_seconds:
             return []
         self._last_beat = now
         for member in self.roster:
             self.send(member, Beat())
-        if since > self._nodes.patience_seconds:
-            return []  # we ourselves were away: their beats still wait in the queue
         silent = self.roster.silent(now, self._nodes.patience_seconds)
         return [(member, f"silent for {now - member.seen:.1f} s") for member in silent]
 

@@ -55,6 +55,15 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class CommitFailed:
+    """The round could not be folded in, e.g. because the result is not finite."""
+
+    now: float
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluatorReady:
     now: float
 
@@ -81,6 +90,7 @@ Event = (
     | UpdateArrived
     | TaskFailed
     | Committed
+    | CommitFailed
     | EvaluatorReady
     | EvaluatorLost
     | Scored

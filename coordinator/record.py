@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from coordinator.central import Central
-from coordinator.events import Abandon, Assign, Commit, Event, Tick
+from coordinator.events import Abandon, Assign, Commit, Event
 from coordinator.roster import Member
 from protocol import experiment as experiments
 from protocol.experiment import Experiment
@@ -62,7 +62,7 @@ class RunRecorder:
         self._digest = b""
         self._inference: dict[str, int] = {}  # node -> resident peak of its probe batch
         self._nodes: dict[str, dict[str, Any]] = {}
-        self._evaluator = "evaluator"
+        self._evaluators: set[str] = set()
         self._client_rounds = 0
         self._seconds = 0.0  # with a round open
         self._train_seconds: dict[str, float] = defaultdict(float)  # by node, in committed rounds
@@ -73,13 +73,14 @@ class RunRecorder:
     # --- as it happens -----------------------------------------------------------
 
     def event(self, event: Event) -> None:
-        if not isinstance(event, Tick):  # a tick that changed nothing says nothing
-            line = {"event": type(event).__name__, **asdict(event)}
-            self._events.write(json.dumps(line) + "\n")
-            self._events.flush()
+        line = {"event": type(event).__name__, **asdict(event)}
+        self._events.write(json.dumps(line) + "\n")
+        self._events.flush()
 
     def joined(self, member: Member) -> None:
         hello = member.hello
+        if not member.trains:
+            self._evaluators.add(hello.node)
         self._nodes[hello.node] = {
             "host": hello.host,
             "pid": hello.pid,
@@ -107,9 +108,11 @@ class RunRecorder:
                 over = max(0, cost.rss - self._inference[member.name])
                 self.over_inference = max(self.over_inference or 0, over)
         _append(self.directory / "costs.jsonl", line)
-        if self.round is not None and self.round.number == update.round:
-            self.round.train_seconds[member.name] += sum(c.seconds for c in update.costs)
-            self.round.losses[update.client] = (update.examples, update.loss)
+        r = self.round
+        is_open = r is not None and (r.number, r.attempt) == (update.round, update.attempt)
+        if r is not None and is_open and update.client not in r.losses:  # else a duplicate
+            r.train_seconds[member.name] += sum(c.seconds for c in update.costs)
+            r.losses[update.client] = (update.examples, update.loss)
         self._raise_peaks(member)
 
     def committed(self, commit: Commit, now: float) -> None:
@@ -157,7 +160,7 @@ class RunRecorder:
             f"{level}_{way}": sum(
                 count
                 for key, count in counter.items()
-                if key.way == way and key.node != self._evaluator
+                if key.way == way and key.node not in self._evaluators
             )
             for level, counter in levels.items()
             for way in ("up", "down")
@@ -167,7 +170,7 @@ class RunRecorder:
         """Message bytes by kind and direction."""
         table: dict[str, dict[str, int]] = {}
         for key, count in sorted(self.meter.message.items()):
-            if key.node != self._evaluator:
+            if key.node not in self._evaluators:
                 row = table.setdefault(key.kind, {"up": 0, "down": 0})
                 row[key.way] += count
         return table

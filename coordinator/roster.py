@@ -58,6 +58,10 @@ class Roster:
                 reason = f"node {hello.node} has {what} {theirs}, the coordinator has {ours}"
                 return Refuse(code="version", reason=f"{reason}: install the same version")
         if hello.role == "evaluate":
+            others = (m.name for m in self if not m.trains and m.name != hello.node)
+            if (evaluator := next(others, None)) is not None:
+                reason = f"node {evaluator} evaluates this run already"
+                return Refuse(code="clients", reason=reason)
             return None
         if not hello.clients:
             return Refuse(code="clients", reason=f"node {hello.node} hosts no client")

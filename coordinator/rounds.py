@@ -8,7 +8,7 @@
 Rule 1: every transition lives in this file.  Rule 2: this file imports no clock,
 socket or logger; time arrives as ``event.now`` and leaves through ``wake_at``.
 Rule 3: tensors never enter; events carry a ``ref`` to a stored update.  The shell
-(``coordinator/loop.py``) turns frames into events and runs commands.
+(``coordinator/server.py``) turns frames into events and runs commands.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from coordinator.events import (
     Client,
     Command,
     Commit,
+    CommitFailed,
     Committed,
     Discard,
     Evaluate,
@@ -135,15 +136,17 @@ def waited_for(state: State, phase: Training, policy: Policy, now: float) -> lis
     ]
 
 
-def wake_at(state: State, policy: Policy) -> float | None:
-    """When a Tick is due for an open round to close; otherwise now and then will do."""
+def wake_at(state: State, policy: Policy, after: float) -> float | None:
+    """When a Tick is next due for an open round to close; otherwise now and then will do.
+
+    ``after`` is when the last event was: what was due by then has been done.
+    """
     match state.phase:
         case Training() as phase:
             hosted = state.hosted
             away = [c for c in phase.cohort if c not in hosted and c in state.lost]
             gone = [_gone_at(state, c, policy) for c in away if c not in phase.refs]
-            later = [at for at in gone if at > phase.opened_at]
-            return min([phase.closes_at, *later])
+            return min([phase.closes_at, *(at for at in gone if at > after)])
         case _:
             return None
 
@@ -275,8 +278,15 @@ def _close(state: State, phase: Training, now: float, policy: Policy) -> Outcome
     what = "at the deadline" if late else "and nobody left to wait for"
     client, first = missing[0]
     reason = f"{got} of quorum {policy.quorum} {what}; client {client}: {first}"
+    return _abandon(state, refs, reason, now, policy)
+
+
+def _abandon(
+    state: State, refs: tuple[tuple[Client, str], ...], reason: str, now: float, policy: Policy
+) -> Outcome:
+    """Try the round again with the next attempt's cohort, a limited number of times."""
+    number, failures = state.round + 1, state.failures + 1
     abandon = Abandon(number, state.attempt, refs, reason)
-    failures = state.failures + 1
     if failures >= policy.max_attempts:
         why = f"round {number} failed {failures} times, last: {reason}"
         return replace(state, phase=Finished(why)), [abandon, Finish(why)]
@@ -286,9 +296,13 @@ def _close(state: State, phase: Training, now: float, policy: Policy) -> Outcome
 
 
 def _committing(state: State, event: Event, policy: Policy) -> Outcome:
-    if not (isinstance(event, Committed) and event.round == state.round + 1):
-        return state, _reject(event, "the round is closed")
-    return _advance(replace(state, round=event.round, attempt=0, failures=0), event.now, policy)
+    match event:
+        case Committed(now=now, round=number) if number == state.round + 1:
+            return _advance(replace(state, round=number, attempt=0, failures=0), now, policy)
+        case CommitFailed(now=now, round=number, reason=why) if number == state.round + 1:
+            return _abandon(state, (), why, now, policy)  # its updates are gone already
+        case _:
+            return state, _reject(event, "the round is closed")
 
 
 def _evaluating(state: State, event: Event, policy: Policy) -> Outcome:

@@ -21,6 +21,7 @@ from coordinator.events import (
     Assign,
     Command,
     Commit,
+    CommitFailed,
     Committed,
     Discard,
     EvaluatorLost,
@@ -106,6 +107,7 @@ class Server:
         self._planned = (0, 0)  # round and attempt of the plan
         self._updates: dict[str, Contribution] = {}
         self._num_refs = 0
+        self._last_event_at = now()
 
     # --- the loop ----------------------------------------------------------------
 
@@ -116,7 +118,7 @@ class Server:
 
     def turn(self, within_seconds: float) -> None:
         """Wait for a message or until something is due, and do all that follows from it."""
-        wake = rounds.wake_at(self.state, self.settings.policy)
+        wake = rounds.wake_at(self.state, self.settings.policy, self._last_event_at)
         if wake is not None:
             within_seconds = min(within_seconds, max(0.0, wake - self.now()))
         for arrival in self.desk.receive(within_seconds):
@@ -136,8 +138,11 @@ class Server:
         queue = [event]
         while queue:
             event = queue.pop(0)
-            self._recorder.event(event)
-            self.state, commands = rounds.step(self.state, event, self.settings.policy)
+            self._last_event_at = event.now
+            before = self.state
+            self.state, commands = rounds.step(before, event, self.settings.policy)
+            if commands or self.state != before or not isinstance(event, Tick):
+                self._recorder.event(event)  # a tick that changed nothing says nothing
             for command in commands:
                 queue.extend(self._run(command))
 
@@ -172,6 +177,8 @@ class Server:
             case Score():
                 yield from self._scored(member, message)
             case Sync(version=version, reason=reason):
+                if member.version is None:
+                    raise RemoteProtocolError("a sync before it was ready")
                 log.warning("node %s at version %d resyncs: %s", member.name, version, reason)
                 self._recorder.resynced(member, reason)
                 member.version = -1  # of no use: a snapshot follows with the next task
@@ -201,7 +208,10 @@ class Server:
         """The evaluator brings the parameter space and its initial values: the run begins."""
         if not ready.tensors or ready.payload is None or data is None:
             raise RemoteProtocolError("the evaluator sent no parameters")
-        space = ParamSpace.of(ready.tensors)
+        try:
+            space = ParamSpace.of(ready.tensors)
+        except ValueError as error:
+            raise RemoteProtocolError(f"the evaluator's parameters: {error}") from error
         x = payload.decode(ready.payload, data).values.copy()
         if len(x) != space.size or space.digest != ready.space:
             raise RemoteProtocolError("the evaluator's parameters do not fit its space")
@@ -242,6 +252,8 @@ class Server:
     def _scored(self, member: Member, score: Score) -> Iterator[Event]:
         if member.trains or self.central is None or score.version != self.central.version:
             return
+        if not isinstance(self.state.phase, rounds.Evaluating):
+            return  # asked twice, because the connection was lost in between
         member.add_costs(score.costs)
         self._recorder.scored(self.state.round, score, self.central.digest)
         yield Scored(self.now(), self.state.round)
@@ -308,7 +320,14 @@ class Server:
         central = self._central()
         # sorted by client, one at a time, and forgotten as they are folded in
         contributions = (self._updates.pop(ref) for _, ref in command.refs)
-        central.commit(command.round, contributions)
+        try:
+            central.commit(command.round, contributions)
+        except ArithmeticError as error:
+            log.warning("round %d is not committed: %s", command.round, error)
+            for _, ref in command.refs:
+                self._updates.pop(ref, None)
+            self._recorder.rejected(f"{error}")
+            return CommitFailed(self.now(), command.round, str(error))
         self.desk.withdraw(central.history.oldest - 1)
         self._recorder.committed(command, self.now())
         return Committed(self.now(), command.round)
@@ -337,6 +356,11 @@ class Server:
         known = -1 if member.version is None else member.version
         if known == 0 and member.digest != central.first_digest:
             reason = f"node {member.name} starts from other parameters than the evaluator"
+            log.warning("%s; it gets a snapshot", reason)
+            self._recorder.resynced(member, reason)
+            known = -1
+        if known > central.version:
+            reason = f"node {member.name} is ahead: it followed an earlier run of this name"
             log.warning("%s; it gets a snapshot", reason)
             self._recorder.resynced(member, reason)
             known = -1

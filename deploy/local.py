@@ -104,7 +104,8 @@ def _announcement(directory: Path, coordinator: subprocess.Popen[bytes]) -> dict
     while coordinator.poll() is None:
         if path.exists():
             announced: dict[str, Any] = json.loads(path.read_text())
-            return announced
+            if announced["pid"] == coordinator.pid:  # else an earlier run's, in this directory
+                return announced
         time.sleep(POLL_SECONDS)
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Annotated
 import typer
 
 from protocol.process import INTERRUPTED, Stopped, command_line
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"  # as protocol.messages.NodeName
 
 
 def node(
@@ -49,7 +52,7 @@ def node(
             if not setup.clients and not evaluate:
                 raise typer.BadParameter("--clients says which clients this node hosts")
             label = "-".join(map(str, setup.clients[:4])) or "evaluator"
-            who = name or f"{platform.node()}-{label}"
+            who = checked_name(name or f"{platform.node()}-{label}")
             session = Session(coordinator, who, metadata.version("seedwire"), setup, give_up)
             try:
                 session.run()
@@ -73,11 +76,19 @@ def parse_clients(text: str) -> tuple[int, ...]:
     """Parse "0,2,5-7" into (0, 2, 5, 6, 7)."""
     clients: set[int] = set()
     for part in filter(None, text.replace(" ", "").split(",")):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
             raise typer.BadParameter(f"--clients {text}: want numbers as in 3 or 0-3 or 0,2,5-7")
-        clients.update(range(int(first), int(last or first) + 1))
+        clients.update(range(first, last + 1))
     return tuple(sorted(clients))
+
+
+def checked_name(name: str) -> str:
+    """The name itself, if the coordinator will take it."""
+    if not re.fullmatch(NAME, name):
+        raise typer.BadParameter(f"--name {name!r}: want up to 63 letters, digits, '.', '_', '-'")
+    return name
 
 
 def fetch(

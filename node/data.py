@@ -11,36 +11,20 @@ would change the task without a word.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import os
-import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
-from node import sources
+from node import tables
+from node.partition import Indices, deal
+from node.tables import Columns
 from protocol.errors import DataError
 from protocol.experiment import Data, Partition
 
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
-
-Indices = npt.NDArray[np.int64]
-
-_REDRAWS = 20  # of 11 draws each, before a Dirichlet split is called impossible
 _MAX_CLASSES = 1000
-_HEADER_LINES = {".tab": 3}  # Orange: names, types, flags
-_DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 
 
 @dataclass(frozen=True)
@@ -68,22 +52,6 @@ class Shards:
     classes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """One split as it was read: values may still be missing."""
-
-    source: str
-    texts: list[str | None]
-    labels: list[Any]
-    owners: list[Any] | None  # values of the natural column
-    names: tuple[str, ...] = ()  # of the classes, where the source declares them
-
-    def keep(self, rows: Sequence[int], labels: list[Any]) -> _Columns:
-        texts = [self.texts[i] for i in rows]
-        owners = None if self.owners is None else [self.owners[i] for i in rows]
-        return _Columns(self.source, texts, labels, owners, self.names)
-
-
 def load(data: Data, partition: Partition, clients: Collection[int]) -> Shards:
     """Read, clean, split and deal out the examples.
 
@@ -94,7 +62,7 @@ def load(data: Data, partition: Partition, clients: Collection[int]) -> Shards:
         DataError: the source, a column or a label is missing, or the split is
             impossible.
     """
-    splits = [_clean(split, data) for split in _read(data, partition)]
+    splits = [_clean(split, data) for split in tables.read(data, partition)]
     classes, coded = _encode(splits)
     rng = np.random.Generator(np.random.Philox(data.seed))
     orders = [rng.permutation(len(labels)) for labels in coded]
@@ -105,7 +73,7 @@ def load(data: Data, partition: Partition, clients: Collection[int]) -> Shards:
     train_rows = train_rows[: data.train or None]
     test_rows = test_rows[: data.test or None]
     owners = splits[0].owners
-    dealt = _deal(
+    dealt = deal(
         coded[0][train_rows],
         None if owners is None else [str(owners[i]) for i in train_rows],
         partition,
@@ -129,131 +97,14 @@ def _hold_out(order: Indices, data: Data) -> tuple[Indices, Indices]:
     return order[data.test :], order[: data.test]
 
 
-def _examples(split: _Columns, labels: Indices) -> Examples:
+def _examples(split: Columns, labels: Indices) -> Examples:
     return Examples([str(text) for text in split.texts], labels)
-
-
-# Reading
-
-
-def _read(data: Data, partition: Partition) -> list[_Columns]:
-    """The training split and, if the source has one, the test split."""
-    wanted = [data.text, data.label]
-    if partition.kind == "natural":
-        wanted.append(partition.column)
-    table = sources.resolve_data(data.id)
-    if isinstance(table, str):
-        return _read_hub(table, wanted)
-    paths = [table.train] if table.test is None else [table.train, table.test]
-    # The natural column is asked of the training file alone.
-    return [
-        _read_file(path, table.columns, wanted[: 2 if i else 3]) for i, path in enumerate(paths)
-    ]
-
-
-def _read_file(path: Path, columns: tuple[str, ...], wanted: list[str]) -> _Columns:
-    try:
-        if path.suffix == ".parquet":
-            _require(path.name, pyarrow.parquet.read_schema(path).names, wanted)
-            table = pyarrow.parquet.read_table(path, columns=list(dict.fromkeys(wanted)))
-        elif path.suffix == ".jsonl":
-            table = pyarrow.json.read_json(path)
-        else:
-            table = _read_delimited(path, columns, wanted)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: {sources.first_line(error)}") from error
-    _require(path.name, table.column_names, wanted)
-    return _columns(path.name, {name: table.column(name).to_pylist() for name in wanted}, wanted)
-
-
-def _read_delimited(path: Path, columns: tuple[str, ...], wanted: list[str]) -> pa.Table:
-    """Read CSV, TSV and Orange's .tab, every column as text.
-
-    Arrow guesses types from the first block and fails when a later one differs; we
-    decide from the whole column whether labels are numbers.
-    """
-    read = pyarrow.csv.ReadOptions(
-        column_names=list(columns) or None,
-        skip_rows_after_names=_HEADER_LINES.get(path.suffix, 1) - 1,
-    )
-    parse = pyarrow.csv.ParseOptions(
-        delimiter=_DELIMITERS[path.suffix],
-        quote_char=False if columns else '"',
-        newlines_in_values=not columns,
-    )
-    with pyarrow.csv.open_csv(path, read, parse) as reader:
-        names = reader.schema.names
-    _require(path.name, names, wanted)
-    convert = pyarrow.csv.ConvertOptions(
-        include_columns=list(dict.fromkeys(wanted)),
-        column_types={name: pa.string() for name in wanted},
-    )
-    return pyarrow.csv.read_csv(path, read, parse, convert)
-
-
-def _read_hub(name: str, wanted: list[str]) -> list[_Columns]:
-    """``owner/name``, or ``owner/name:config`` for a set with several configurations."""
-    import datasets
-
-    path, _, config = name.partition(":")
-    try:
-        with _without_progress():
-            splits = datasets.load_dataset(path, config or None)
-    except Exception as error:
-        # Whatever the hub's client, its cache or a malformed file raised: to the user
-        # it is one thing, and its first line says which.
-        why = sources.first_line(error)
-        raise DataError(f"{name}: no such file, and not to be had from the hub: {why}") from error
-    if "train" not in splits:
-        raise DataError(f"{name} has no split 'train'; it has {', '.join(splits)}")
-    read: list[_Columns] = []
-    for split in ("train", "test", "validation"):
-        if split not in splits or len(read) == 2:
-            continue
-        table = splits[split]
-        columns = wanted[: 2 if read else 3]
-        _require(f"{name} ({split})", table.column_names, columns)
-        values = {column: list(table[column]) for column in columns}
-        # A test split whose labels are withheld has -1 everywhere, as in GLUE.
-        if read and all(label == -1 for label in values[columns[1]]):
-            continue
-        names = tuple(getattr(table.features[columns[1]], "names", ()))
-        read.append(_columns(f"{name} ({split})", values, columns, names))
-    return read
-
-
-@contextlib.contextmanager
-def _without_progress() -> Any:
-    """No bars on stderr; what was set before is set again."""
-    import datasets
-
-    before = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        if not before:
-            datasets.enable_progress_bars()
-
-
-def _require(source: str, present: Sequence[str], wanted: list[str]) -> None:
-    for column in wanted:
-        if column not in present:
-            raise DataError(f"{source} has no column {column!r}; it has {', '.join(present)}")
-
-
-def _columns(
-    source: str, values: dict[str, list[Any]], wanted: list[str], names: tuple[str, ...] = ()
-) -> _Columns:
-    text, label, *owner = wanted
-    return _Columns(source, values[text], values[label], values[owner[0]] if owner else None, names)
 
 
 # Cleaning
 
 
-def _clean(split: _Columns, data: Data) -> _Columns:
+def _clean(split: Columns, data: Data) -> Columns:
     """Drop what has no text, refuse what has no label, and apply ``binarise_at``."""
     rows = [i for i, text in enumerate(split.texts) if text is not None and str(text).strip()]
     for i in rows:
@@ -296,7 +147,7 @@ def _numbers(values: list[Any]) -> list[Any]:
     return [int(x) if x.is_integer() else x for x in numbers]
 
 
-def _encode(splits: list[_Columns]) -> tuple[tuple[str, ...], list[Indices]]:
+def _encode(splits: list[Columns]) -> tuple[tuple[str, ...], list[Indices]]:
     """Number the classes of all splits together, so that limits do not change them."""
     values = set().union(*(split.labels for split in splits))
     source = splits[0].source
@@ -315,105 +166,3 @@ def _encode(splits: list[_Columns]) -> tuple[tuple[str, ...], list[Indices]]:
     number = {value: i for i, value in enumerate(ordered)}
     coded = [np.array([number[y] for y in s.labels], dtype=np.int64) for s in splits]
     return names or tuple(str(value) for value in ordered), coded
-
-
-# Dealing out
-
-
-def _deal(
-    labels: Indices, owners: list[str] | None, partition: Partition, clients: Collection[int]
-) -> dict[int, Indices]:
-    """Row numbers of each client asked for."""
-    if partition.kind != "natural" and len(labels) < partition.clients:
-        raise DataError(
-            f"{len(labels)} training examples are too few for partition.clients {partition.clients}"
-        )
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # their progress bar, and a page on each redraw
-        shard, count = _partition(labels, owners, partition)
-        if outside := [client for client in clients if not 0 <= client < count]:
-            raise DataError(f"client {min(outside)} does not exist: there are {count}")
-        dealt = {client: shard(client) for client in sorted(clients)}
-    for client, rows in dealt.items():
-        if len(rows) == 0:
-            raise DataError(
-                f"client {client} has no examples: lower partition.clients, or raise "
-                "data.train or partition.alpha"
-            )
-    return dealt
-
-
-def _partition(
-    labels: Indices, owners: list[str] | None, partition: Partition
-) -> tuple[Callable[[int], Indices], int]:
-    """A function from client to row numbers, and how many clients there are."""
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when the package is imported
-    import datasets
-    from flwr_datasets import partitioner as flower
-
-    def shares(dealer: Partitioner, order: Indices) -> Callable[[int], Indices]:
-        columns: dict[str, Any] = {"row": order, "label": labels[order]}
-        if owners is not None:
-            columns["owner"] = [owners[i] for i in order]
-        dealer.dataset = datasets.Dataset.from_dict(columns)
-        return lambda client: np.array(dealer.load_partition(client)["row"], dtype=np.int64)
-
-    count, rows = partition.clients, np.arange(len(labels))
-    if partition.kind == "iid":
-        # Flower cuts in order; the shuffle is ours, so that partition.seed counts.
-        order = np.random.Generator(np.random.Philox(partition.seed)).permutation(len(labels))
-        return shares(flower.IidPartitioner(count), order), count
-    if partition.kind == "shard":
-        dealer = flower.ShardPartitioner(
-            count, "label", num_shards_per_partition=partition.shards, seed=partition.seed
-        )
-        if count * partition.shards > len(labels):
-            raise DataError(
-                f"{len(labels)} training examples do not fill {count} x {partition.shards} "
-                "shards: lower partition.shards or partition.clients"
-            )
-        return shares(dealer, rows), count
-    if partition.kind == "dirichlet":
-        return _dirichlet(lambda dealer: shares(dealer, rows), partition), count
-    return _natural(shares(flower.NaturalIdPartitioner("owner"), rows), owners or [], count)
-
-
-def _dirichlet(
-    shares: Callable[[Partitioner], Callable[[int], Indices]], partition: Partition
-) -> Callable[[int], Indices]:
-    """Flower gives up after 11 draws, which small alphas often need; then draw again."""
-    from flwr_datasets.partitioner import DirichletPartitioner
-
-    for attempt in range(_REDRAWS):
-        words = np.random.SeedSequence([partition.seed, attempt]).generate_state(1)
-        shard = shares(
-            DirichletPartitioner(
-                partition.clients,
-                "label",
-                partition.alpha,
-                min_partition_size=partition.min_size,
-                seed=int(words[0]) if attempt else partition.seed,
-            )
-        )
-        with contextlib.suppress(ValueError):
-            shard(0)
-            return shard
-    raise DataError(
-        f"no Dirichlet split gives all {partition.clients} clients {partition.min_size} examples: "
-        "raise partition.alpha, or lower partition.min_size or partition.clients"
-    )
-
-
-def _natural(
-    shard: Callable[[int], Indices], owners: list[str], count: int
-) -> tuple[Callable[[int], Indices], int]:
-    """The ``count`` owners with the most examples, ties by id; 0 takes all."""
-    names, sizes = np.unique(np.array(owners), return_counts=True)
-    if count > len(names):
-        raise DataError(
-            f"the partition column has {len(names)} values among the training examples, "
-            f"fewer than partition.clients {count}"
-        )
-    # Flower numbers owners in sorted order, as np.unique does.
-    largest = sorted(range(len(names)), key=lambda i: (-sizes[i], i))
-    return lambda client: shard(largest[client]), count or len(names)

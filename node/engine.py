@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol.errors import SeedwireError
 from protocol.experiment import Experiment
-from protocol.messages import Message, Ready, Task
+from protocol.messages import Message, Task
 from protocol.wire import Frame
 
 if TYPE_CHECKING:
@@ -65,7 +64,8 @@ class Engine:
 
     Attributes:
         busy: what it is doing, for people.
-        ready: the last true statement about the version held; None while loading.
+        ready: what a new login says: the whole first message while it may not have
+            arrived, later which version is held; None while loading.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Engine:
         make: Make = _worker,
     ) -> None:
         self.busy = "loading"
-        self.ready: Ready | None = None
+        self.ready: Outcome | None = None
         self._jobs: queue.SimpleQueue[tuple[Message, Frame | None] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome | Exception] = queue.SimpleQueue()
         self._tasks: set[tuple[int, int, int]] = set()
@@ -123,20 +123,21 @@ class Engine:
     ) -> None:
         try:
             worker = make(experiment, setup)
-            self._put(worker, worker.ready(), wake)
+            first = worker.ready()
+            self._put(first, first, wake)
             while (job := self._jobs.get()) is not None:
                 message, data = job
                 self.busy = _describe(message)
                 outcome = worker.run(message, data)
                 if isinstance(message, Task):
                     self._tasks.discard((message.round, message.attempt, message.client))
-                self._put(worker, outcome, wake)
-        except (SeedwireError, Exception) as error:
+                self._put(Outcome(worker.statement()), outcome, wake)
+        except Exception as error:
             self._outcomes.put(error)
             wake()
 
-    def _put(self, worker: Worker, outcome: Outcome | None, wake: Callable[[], None]) -> None:
-        self.ready, self.busy = worker.statement(), ""
+    def _put(self, ready: Outcome, outcome: Outcome | None, wake: Callable[[], None]) -> None:
+        self.ready, self.busy = ready, ""
         if outcome is not None:
             self._outcomes.put(outcome)
         wake()

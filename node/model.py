@@ -11,7 +11,6 @@ generator, so every node starts from the same bits.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -21,18 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.utils
-import numpy as np
 import peft as peft_library
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from node import sources
-from protocol import noise
+from node import shapes, sources
 from protocol.errors import ModelError
 from protocol.experiment import Data, Model, Peft
 from protocol.messages import TensorInfo
@@ -40,28 +35,6 @@ from protocol.messages import TensorInfo
 # These two are typed in part only.
 hub: Any = huggingface_hub.utils
 logging: Any = transformers.utils.logging
-
-_TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_TINY |= {"vocab_size": 512, "max_position_embeddings": 512}
-_WIDE = {"intermediate_size": 64}
-_SHAPES: dict[str, tuple[str, dict[str, int]]] = {
-    "bert-tiny": ("bert", _TINY | _WIDE),
-    "roberta-tiny": ("roberta", _TINY | _WIDE | {"max_position_embeddings": 514}),
-    "distilbert-tiny": ("distilbert", _TINY | {"hidden_dim": 64}),
-    "gpt2-tiny": ("gpt2", _TINY),
-    "opt-tiny": ("opt", _TINY | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
-    "llama-tiny": ("llama", _TINY | _WIDE | {"num_key_value_heads": 2, "head_dim": 8}),
-    "qwen2-tiny": ("qwen2", _TINY | _WIDE | {"num_key_value_heads": 2}),
-    "llama2-7b": ("llama", {}),  # the defaults of transformers are Llama 2 7B's
-    "opt-13b": (
-        "opt",
-        {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20480}
-        | {"num_hidden_layers": 40, "num_attention_heads": 40},
-    ),
-}
-_SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-_WORDS = ("great", "terrible", "good", "bad", "yes", "no", "positive", "negative")
-_BLOCK = 1 << 20  # numbers drawn for a tensor; a larger one, of a `random:` base, repeats them
 
 
 @dataclass
@@ -128,7 +101,7 @@ def load(
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(peft.kind == "full")
             if name in fresh:
-                _fill(seed, name, parameter)
+                shapes.fill(seed, name, parameter)
         head = _head(base, fresh) if data.task == "classify" else []
         whole = base if peft.kind != "lora" else _with_lora(model.id, base, peft, head, seed)
     if peft.kind == "head":
@@ -181,7 +154,9 @@ def _base(
     auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
     labels = {"num_labels": num_classes} if task == "classify" else {}
     if model_id.startswith("random:"):
-        return _random(model_id, auto, labels, options)
+        base, tokenizer = shapes.build(model_id, auto, labels, options)
+        fresh = {n for n, _ in base.named_parameters() if labels and _is_head(base, n)}
+        return base, tokenizer, fresh
     path = sources.resolve_model(model_id)
     if isinstance(path, Path):
         path = sources.converted(path) if path.suffix == ".gguf" else path
@@ -195,8 +170,9 @@ def _base(
         why = sources.first_line(error)
         raise ModelError(f"cannot load model {model_id}{where}: {why}") from error
     fresh = set(report["missing_keys"])
-    inside = {name for name in fresh if not _may_be_new(base, name, task)}
-    if inside:
+    # Only a classifier, and the pooler under it, may start without weights.
+    may_be_new = {n for n in fresh if labels and (_is_head(base, n) or ".pooler." in n)}
+    if inside := fresh - may_be_new:
         raise ModelError(f"{model_id} is not made for this task: it lacks {min(inside)}")
     return base, tokenizer, fresh
 
@@ -211,50 +187,8 @@ def _from_cache_first(auto: Any, path: Path | str, options: dict[str, Any]) -> A
         return auto.from_pretrained(path, **options)
 
 
-def _may_be_new(base: Any, name: str, task: str) -> bool:
-    """Only a classifier, and the pooler under it, may start without weights."""
-    return task == "classify" and (_is_head(base, name) or ".pooler." in name)
-
-
 def _is_head(base: Any, name: str) -> bool:
     return not name.startswith(f"{base.base_model_prefix}.")
-
-
-def _random(
-    model_id: str, auto: Any, labels: dict[str, int], options: dict[str, Any]
-) -> tuple[Any, Any, set[str]]:
-    shape = _SHAPES.get(model_id.removeprefix("random:"))
-    if shape is None:
-        raise ModelError(f"{model_id}: unknown shape; known are {', '.join(_SHAPES)}")
-    family, sizes = shape
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = transformers.AutoConfig.for_model(family, **sizes, **special, **labels)
-    with no_init_weights():
-        base = auto.from_config(config, **options)
-    base.tie_weights()
-    for name, parameter in base.named_parameters():
-        _fill(0, name, parameter)  # as a checkpoint would be: the same for every run
-    fresh = {n for n, _ in base.named_parameters() if labels and _is_head(base, n)}
-    return base, _byte_tokenizer(), fresh
-
-
-def _byte_tokenizer() -> Any:
-    """Bytes, and a few label words as one token each with their leading space."""
-    symbols = [*_SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
-    merges = []
-    for word in _WORDS:
-        part = "\u0120"  # the byte-level alphabet's space
-        for letter in word:
-            if part + letter not in vocabulary:
-                merges.append((part, letter))
-                vocabulary[part + letter] = len(vocabulary)
-            part += letter
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrap: Any = transformers.PreTrainedTokenizerFast
-    return wrap(tokenizer_object=tokenizer, **_SPECIAL)
 
 
 def _check_length(model_id: str, base: Any, max_length: int) -> None:
@@ -266,26 +200,6 @@ def _check_length(model_id: str, base: Any, max_length: int) -> None:
 
 
 # The trained part
-
-
-def _fill(seed: int, name: str, tensor: torch.Tensor, bound: float = 0.02 * math.sqrt(3)) -> None:
-    """Give a tensor its first value: norms one, biases zero, matrices uniform.
-
-    The numbers are the shared stream's, so that every node begins with the same bits;
-    the bound gives the usual deviation of 0.02.
-    """
-    with torch.no_grad():
-        if tensor.dim() < 2:
-            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
-            return
-        digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
-        key = noise.key("init", seed, int.from_bytes(digest, "little"))
-        flat = tensor.view(-1)
-        draws = noise.uniforms(key, 0, min(flat.numel(), _BLOCK))
-        block = torch.from_numpy(draws * np.float32(bound))
-        for start in range(0, flat.numel(), _BLOCK):
-            part = flat[start : start + _BLOCK]
-            part.copy_(block[: part.numel()])
 
 
 def _head(base: Any, fresh: set[str]) -> list[str]:
@@ -319,7 +233,7 @@ def _with_lora(model_id: str, base: Any, peft: Peft, head: list[str], seed: int)
         raise ModelError(f"LoRA on {model_id}: {why}; peft.targets may be {leaves}") from error
     for name, parameter in wrapped.named_parameters():
         if ".lora_A." in name:  # as peft does it, kaiming uniform with a = sqrt(5)
-            _fill(seed, name, parameter, 1 / math.sqrt(parameter.shape[1]))
+            shapes.fill(seed, name, parameter, 1 / math.sqrt(parameter.shape[1]))
     return wrapped
 
 

@@ -215,10 +215,12 @@ class Session:
         if self._engine is None or welcome.run != self._run_id:
             log.info("logged in to run %s as %s", welcome.run, self._hello.node)
             self._run_id = welcome.run
+            if self._engine is not None:
+                self._engine.stop(0.0)
             self._engine = self._make_engine(experiment, self._setup, self._dealer.wake)
         elif self._engine.ready is not None:
             log.info("back in run %s", welcome.run)
-            self._send(self._engine.ready)
+            self._send_out(self._engine.ready)
 
     def _queue(self, message: Step | Task | Evaluate, buffer: Frame | None) -> None:
         job = _Job(message, buffer)

@@ -8,10 +8,12 @@ imports torch; the rest of a node does without until there is something to load.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from fedalgos import registry
@@ -40,6 +42,7 @@ from protocol.wire import Frame, RemoteProtocolError
 log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 32
+MAX_LOSS = 1e30  # what a message can carry; stands for a model that has diverged
 
 
 class Worker:
@@ -122,12 +125,10 @@ class Worker:
         with self._phases("catch-up"):
             try:
                 value = payload.decode(step.payload, buffer)
-            except RemoteProtocolError as error:
-                return self._sync(f"step {step.version}: {error}")
-            if step.snapshot:
-                x = value.values.copy()
-            else:
-                x = self._method.apply(self.x, step.round, value)
+                whole = step.snapshot
+                x = value.values.copy() if whole else self._method.apply(self.x, step.round, value)
+            except (RemoteProtocolError, AssertionError, ValueError, IndexError) as error:
+                return self._sync(f"step {step.version} does not apply: {error}"[:1000])
             got = digest(x)
             if got != step.digest:
                 return self._sync(f"the digest of version {step.version} differs")
@@ -144,6 +145,7 @@ class Worker:
             return self._update(order)
         except Exception as error:  # out of memory, a model without a forward rule, ...
             log.exception("client %d, round %d", order.client, order.round)
+            self._phases.take()  # no part of the next update's costs
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
             return Outcome(
                 Failed(round=order.round, attempt=order.attempt, client=order.client, reason=reason)
@@ -168,6 +170,11 @@ class Worker:
         work = Work(order.round, Assignment(order.client, order.units))
         with self._phases("train"):
             value, loss = self._method.local(self.x, self._oracle, drawn(), work)
+        if not math.isfinite(loss):  # no message can carry it, and its update is of no use
+            raise ArithmeticError(f"the training loss is {loss}")
+        if not (np.isfinite(loss) and np.isfinite(value.values).all()):
+            self._phases.take()
+            raise ArithmeticError("the loss or the update is not finite; is the rate too high?")
         with self._phases("encode"):
             spec, buffer = payload.spec_of(value), payload.encode(value)
         update = Update(
@@ -196,7 +203,7 @@ class Worker:
         return Outcome(
             Score(
                 version=self.version,
-                loss=loss / count,
+                loss=min(loss / count, MAX_LOSS) if math.isfinite(loss) else MAX_LOSS,
                 metric=correct / count,
                 examples=count,
                 costs=self._phases.take(),

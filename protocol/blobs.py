@@ -114,8 +114,9 @@ class Inbox(Generic[T]):
         if buffer is None:
             del self._arriving[peer, chunk.blob]
             return [], Arrived(arriving.item, None)
-        if arriving.due.pop(chunk.offset, None) != len(buffer):
+        if arriving.due.get(chunk.offset) != len(buffer):
             raise RemoteProtocolError(f"chunk at {chunk.offset} of blob {chunk.blob} not asked for")
+        del arriving.due[chunk.offset]
         arriving.data[chunk.offset : chunk.offset + len(buffer)] = buffer
         pulls = self._ask(chunk.blob, arriving)
         if arriving.due:

@@ -174,6 +174,7 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     """Read an experiment file and apply ``--set section.key=value`` overrides.
 
     A value is TOML (``0.1``, ``true``, ``[1, 2]``, ``"text"``); what is not TOML is text.
+    ``section={...}`` replaces a whole section.
 
     Raises:
         ExperimentError: naming the file and the path of the fault in it.
@@ -219,18 +220,19 @@ def _without_none(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override(table: dict[str, Any], text: str) -> None:
-    path, equals, value = text.partition("=")
+    path, equals, written = text.partition("=")
     *parents, key = path.strip().split(".")
-    if not equals or not parents:
-        raise ExperimentError(f"--set {text}: want section.key=value")
+    try:
+        value = msgspec.toml.decode(f"value = {written}")["value"]
+    except msgspec.DecodeError:
+        value = written.strip()
+    if not equals or not (parents or isinstance(value, dict)):
+        raise ExperimentError(f"--set {text}: want section.key=value, or section={{...}}")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise ExperimentError(f"--set {text}: {parent} is not a section")
-    try:
-        table[key] = msgspec.toml.decode(f"value = {value}")["value"]
-    except msgspec.DecodeError:
-        table[key] = value.strip()
+    table[key] = value
 
 
 def _impossible(e: Experiment) -> str | None:

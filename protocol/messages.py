@@ -232,15 +232,20 @@ class Channel(Generic[M]):
         self._union = union
 
     def pack(self, message: M, buffer: Frame | None = None) -> list[Frame]:
-        """Encode to frames.
+        """Encode to frames; what the other side would refuse does not leave here.
 
         Raises:
-            LocalProtocolError: the buffer does not fit what the message declares.
+            LocalProtocolError: a field is out of bounds, or the buffer does not fit.
         """
         buffers = [] if buffer is None else [buffer]
         if (why := _misfit(message, buffers)) is not None:
             raise LocalProtocolError(why)
-        return wire.pack(msgspec.to_builtins(message, builtin_types=(bytes,)), buffers)
+        body = msgspec.to_builtins(message, builtin_types=(bytes,))
+        try:
+            msgspec.convert(body, self._union)
+        except msgspec.ValidationError as error:
+            raise LocalProtocolError(f"{type(message).__name__}: {error}") from error
+        return wire.pack(body, buffers)
 
     def unpack(self, frames: Sequence[Frame]) -> tuple[M, Frame | None]:
         """Decode frames.

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from node import data, sources
+from node import data, sources, tables
 from protocol.errors import DataError
 from protocol.experiment import Data, Partition
 
@@ -65,7 +65,7 @@ def test_a_tab_file_has_three_header_lines(tmp_path: Path) -> None:
 def test_a_file_without_header_takes_the_tables_names(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes('1\t2.5\tsaid "yes\r\n2\t-1\tcaf\u00e9\r\n'.encode())
-    columns = data._read_file(path, ("id", "rating", "text"), ["text", "rating"])
+    columns = tables.read_file(path, ("id", "rating", "text"), ["text", "rating"])
     assert columns.texts == ['said "yes', "caf\u00e9"]
     assert columns.labels == ["2.5", "-1"]
 

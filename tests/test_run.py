@@ -1,0 +1,296 @@
+"""Whole runs: real processes on loopback, a tiny model, real faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+pytestmark = [pytest.mark.net, pytest.mark.slow]
+
+PATIENCE_SECONDS = 90.0
+EXPERIMENT = """
+[run]
+name = "tiny"
+seed = 3
+[model]
+id = "random:llama-tiny"
+[peft]
+rank = 2
+[data]
+id = "{data}"
+task = "prompt"
+template = "{{text}} It was"
+words = [" terrible", " great"]
+max_length = 48
+test = 16
+[partition]
+clients = 4
+[method]
+name = "fedavg"
+batch_size = 4
+steps = 2
+local = {{ kind = "adamw", lr = 0.01 }}
+[rounds]
+count = 2
+evaluate_every = 2
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    rows = [f"it was {'fine' if i % 2 else 'poor'} number {i},{i % 2}" for i in range(64)]
+    (tmp_path / "data.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    path = tmp_path / "tiny.toml"
+    path.write_text(EXPERIMENT.format(data=tmp_path / "data.csv"))
+    return path
+
+
+def command(experiment: Path, directory: Path, *overrides: str) -> list[str]:
+    line = [sys.executable, "-m", "seedwire", "run", str(experiment), "--nodes", "2"]
+    line += ["--directory", str(directory), "--threads", "1"]
+    for override in overrides:
+        line += ["--set", override]
+    return line
+
+
+def run(experiment: Path, directory: Path, *overrides: str) -> dict[str, Any]:
+    """A run that must succeed; its summary."""
+    done = subprocess.run(
+        command(experiment, directory, *overrides),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    return summary
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.02)  # a poll of another process, not a guess at its speed
+
+
+def pids(directory: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((directory / "pids.json").read_text())
+    return found
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts processes, and makes sure that none outlives the test."""
+    mine: list[subprocess.Popen[str]] = []
+
+    def start(line: list[str]) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+        )
+        mine.append(process)
+        return process
+
+    yield start
+    for process in mine:
+        if process.poll() is None:
+            for child in family(process):
+                child.kill()
+            process.kill()
+        process.communicate()
+
+
+def test_same_experiment_twice_gives_the_same_digest_from_separate_processes(
+    experiment: Path, tmp_path: Path
+) -> None:
+    first, second = run(experiment, tmp_path / "a"), run(experiment, tmp_path / "b")
+    assert first["digest"] == second["digest"]
+    assert first["status"] == "completed"
+    assert first["rounds"] == 2
+    assert first["loss"]["before"] != first["loss"]["after"]
+    assert len(set(pids(tmp_path / "a").values())) == 3
+    nodes = json.loads((tmp_path / "a" / "nodes.json").read_text())
+    assert nodes["node-1"]["pid"] == pids(tmp_path / "a")["node-1"]
+    other = run(experiment, tmp_path / "c", "run.seed=4")
+    assert other["digest"] != first["digest"]
+    counted = sum(both["up"] for both in first["bytes_by_kind"].values())
+    assert first["bytes"]["message_up"] == counted > first["bytes"]["payload_up"] > 0
+
+
+def test_fedmezo_as_scalars_and_as_weights_ends_at_the_same_parameters(
+    experiment: Path, tmp_path: Path
+) -> None:
+    method = 'method={name="fedmezo", lr=0.05, eps=0.01, steps=3, batch_size=4, wire="%s"}'
+    ends, sent = {}, {}
+    for wire in ("scalars", "weights"):
+        directory = tmp_path / wire
+        summary = run(experiment, directory, f"{method % wire}", "rounds.count=3")
+        ends[wire] = load_file(directory / "model" / "adapter_model.safetensors")
+        sent[wire] = summary["bytes"]["payload_up"]
+    for name, scalars in ends["scalars"].items():
+        np.testing.assert_allclose(scalars, ends["weights"][name], atol=1e-5, err_msg=name)
+    moved = [np.abs(x).max() for name, x in ends["scalars"].items() if "lora_B" in name]
+    assert max(moved) > 1e-3  # B starts at zero: the two did not agree by standing still
+    assert sent["scalars"] == 3 * 4 * 3 * 4  # rounds, clients, steps, bytes
+    assert sent["weights"] > 50 * sent["scalars"]
+
+
+@pytest.mark.parametrize("name", ["spry", "flasc"])
+def test_every_payload_kind_crosses_real_sockets(
+    experiment: Path, tmp_path: Path, name: str
+) -> None:
+    summary = run(experiment, tmp_path / name, f'method={{name="{name}", batch_size=4}}')
+    assert summary["method"] == name
+    assert summary["resyncs"] == 0  # every replica agreed with every digest
+    assert summary["rejected"] == {}
+
+
+def test_a_payload_over_1_mib_travels_in_chunks(experiment: Path, tmp_path: Path) -> None:
+    summary = run(
+        experiment,
+        tmp_path / "big",
+        "peft.rank=1024",
+        'peft.targets=["q_proj","v_proj","down_proj"]',
+    )
+    per_update = 4 * summary["trained_parameters"]
+    assert per_update > 1 << 20
+    assert summary["bytes"]["payload_up"] == 2 * 4 * per_update
+    assert summary["resyncs"] == 0
+
+
+def test_kill_9_of_a_node_mid_round_costs_that_node_and_no_more(
+    experiment: Path, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    directory = tmp_path / "killed"
+    overrides = ["rounds.count=3", "method.steps=150", "nodes.return_seconds=1.0"]
+    process = started(command(experiment, directory, *overrides))
+    wait_for(lambda: bool(committed(directory)), "round 1 is committed")
+    os.kill(pids(directory)["node-1"], signal.SIGKILL)  # round 2 has just been opened
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, output
+    rounds = committed(directory)
+    assert [r["round"] for r in rounds] == [1, 2, 3]
+    assert set(rounds[1]["missing"]) == {"2", "3"}  # node-1's clients
+    assert "node-1" in rounds[1]["missing"]["2"]
+    assert "node-1 was killed by signal 9" in output
+
+
+def test_killed_node_that_comes_back_takes_part_again(
+    experiment: Path, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    directory = tmp_path / "back"
+    overrides = ["rounds.count=3", "method.steps=100", "nodes.return_seconds=60.0"]
+    process = started(command(experiment, directory, *overrides))
+    wait_for(lambda: bool(committed(directory)), "round 1 is committed")
+    os.kill(pids(directory)["node-1"], signal.SIGKILL)
+    endpoint = json.loads((directory / "coordinator.json").read_text())["endpoint"]
+    line = [sys.executable, "-m", "node", "--coordinator", endpoint, "--name", "node-1"]
+    started([*line, "--clients", "2-3", "--threads", "1"])
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, output
+    assert [r["missing"] for r in committed(directory)] == [{}, {}, {}]
+    undisturbed = run(experiment, tmp_path / "calm", *overrides)
+    disturbed = json.loads((directory / "summary.json").read_text())
+    assert disturbed["digest"] == undisturbed["digest"]
+
+
+def committed(directory: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(directory / "metrics.jsonl") if "missing" in line]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ending_the_launcher_leaves_no_process_behind(
+    experiment: Path,
+    tmp_path: Path,
+    started: Callable[..., subprocess.Popen[str]],
+    number: signal.Signals,
+) -> None:
+    directory = tmp_path / "ended"
+    process = started(command(experiment, directory, "rounds.count=1000"))
+    wait_for(lambda: bool(committed(directory)), "round 1 is committed")
+    children = family(process)
+    assert len(children) == 4  # coordinator, its evaluator, two nodes
+    process.send_signal(number)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == (130 if number != signal.SIGKILL else -9)
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert len(gone) == 4
+
+
+def fails(line: list[str], cwd: Path) -> tuple[int, str]:
+    """Exit code and standard error of a command that must end by itself."""
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False, cwd=cwd
+    )
+    return done.returncode, done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "why"),
+    [
+        ("method.lerning_rate=1", 3, "unknown field `lerning_rate`"),
+        ("runn.seed=1", 3, "unknown field `runn`"),
+        ('model.id="./no/such/model"', 4, "no/such/model"),
+        ('data.label="lable"', 5, "lable"),
+        ('data.id="./gone.csv"', 5, "gone.csv"),
+        ('peft.targets=["q_prj"]', 4, "q_prj"),
+    ],
+)
+def test_bad_experiment_is_one_clear_line_and_a_documented_code(
+    experiment: Path, tmp_path: Path, override: str, code: int, why: str
+) -> None:
+    line = [sys.executable, "-m", "coordinator", "--experiment", str(experiment)]
+    line += ["--bind", "tcp://127.0.0.1:*", "--set", override]
+    got, error = fails(line, tmp_path)
+    assert got == code, error
+    assert error.startswith("seedwire: ")
+    assert why in error
+    assert len(error.splitlines()) == 1
+
+
+def test_port_in_use_is_one_clear_line(experiment: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = [sys.executable, "-m", "coordinator", "--experiment", str(experiment)]
+        got, error = fails([*line, "--bind", f"tcp://127.0.0.1:{port}"], tmp_path)
+    assert got == 6
+    assert "port in use" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_node_with_another_protocol_version_is_told_so(
+    experiment: Path, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    directory = tmp_path / "run"
+    line = [sys.executable, "-m", "coordinator", "--experiment", str(experiment)]
+    started([*line, "--bind", "tcp://127.0.0.1:*", "--directory", str(directory), "--no-evaluator"])
+    wait_for((directory / "coordinator.json").exists, "the coordinator listens")
+    endpoint = json.loads((directory / "coordinator.json").read_text())["endpoint"]
+    older = "import protocol.wire; protocol.wire.VERSION = 9; from node.cli import main; main()"
+    arguments = ["--coordinator", endpoint, "--clients", "0", "--give-up", "60"]
+    got, error = fails([sys.executable, "-c", older, *arguments], tmp_path)
+    assert got == 7
+    assert "protocol 9" in error
+    assert "install the same seedwire" in error.splitlines()[-1]
