@@ -18,7 +18,7 @@ class Member:
     seen: float
     version: int | None = None  # of its parameters; None until it is ready
     space: bytes = b""
-    digest: bytes = b""  # of the parameters it was ready with
+    digest: bytes = b""  # of its parameters, as it said or as it was sent them
     busy: str = "loading"
     peaks: dict[str, int] = field(default_factory=dict)  # phase -> resident bytes
 

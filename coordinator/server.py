@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, assert_never
+from typing import Any, Protocol
 
 import msgspec
 
@@ -296,8 +296,6 @@ class Server:
                 self._evaluate(command)
             case Finish():
                 pass  # the caller of ``turn`` sees ``finished``
-            case _:
-                assert_never(command)
 
     def _assign(self, command: Assign) -> None:
         central, number, attempt = self._central(), command.round, command.attempt
@@ -367,7 +365,7 @@ class Server:
         missed = central.history.since(known)
         for kept in [central.snapshot()] if missed is None else missed:
             self.desk.offer(member, kept)
-        member.version = central.version
+        member.version, member.digest = central.version, central.digest
 
     def _central(self) -> Central:
         if self.central is None:

@@ -125,7 +125,8 @@ def _follow(cluster: Cluster, directory: Path, say: Say) -> int:
         for name, process in cluster.nodes.items():
             if name not in ended and (code := process.poll()) is not None:
                 ended[name] = code
-                say(f"{name} {_how(code)}: {_last_line(_log(directory, name))}")
+                if code:
+                    say(f"{name} {_how(code)}: {_last_line(_log(directory, name))}")
         if len(ended) == len(cluster.nodes) and _outlives(cluster.coordinator):
             say("no node is left; stopping")
             return next((code for code in ended.values() if code > 0), FAILED)
@@ -145,7 +146,7 @@ def _outlives(coordinator: subprocess.Popen[bytes]) -> bool:
 def _how(code: int) -> str:
     if code < 0:
         return f"was killed by signal {-code}"
-    return f"ended with exit code {code}" if code else "has left"
+    return f"ended with exit code {code}"
 
 
 def _last_line(log: Path) -> str:

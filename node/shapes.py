@@ -22,7 +22,7 @@ from protocol.errors import ModelError
 _TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TINY |= {"vocab_size": 512, "max_position_embeddings": 512}
 _WIDE = {"intermediate_size": 64}
-_SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "bert-tiny": ("bert", _TINY | _WIDE),
     "roberta-tiny": ("roberta", _TINY | _WIDE | {"max_position_embeddings": 514}),
     "distilbert-tiny": ("distilbert", _TINY | {"hidden_dim": 64}),
@@ -56,9 +56,9 @@ def build(
     Raises:
         ModelError: the shape is unknown.
     """
-    shape = _SHAPES.get(model_id.removeprefix("random:"))
+    shape = SHAPES.get(model_id.removeprefix("random:"))
     if shape is None:
-        raise ModelError(f"{model_id}: unknown shape; known are {', '.join(_SHAPES)}")
+        raise ModelError(f"{model_id}: unknown shape; known are {', '.join(SHAPES)}")
     family, sizes = shape
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = transformers.AutoConfig.for_model(family, **sizes, **special, **labels)

@@ -71,7 +71,11 @@ class Dealer:
     def __init__(self, endpoint: str) -> None:
         self._context = zmq.Context()
         self._endpoint = endpoint
-        self._socket = self._connect()
+        try:
+            self._socket = self._connect()
+        except NetworkError:
+            self._context.term()
+            raise
         self._inner, self._wake = os.pipe()  # not a socket: those belong to one thread
         os.set_blocking(self._wake, False)
 

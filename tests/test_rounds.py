@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from coordinator.events import (
     Assign,
     Command,
     Commit,
+    CommitFailed,
     Committed,
     Discard,
     Evaluate,
@@ -478,11 +480,27 @@ def test_the_run_gives_up_after_max_attempts_with_a_reason() -> None:
 
 def test_failures_are_counted_per_round() -> None:
     policy = replace(POLICY, max_attempts=2)
-    one = (Tick(104.0), *(update(105 + c, c, 1, 1) for c in range(3)), Committed(108, 1))
+    again = [update(105 + c, c, 1, 1) for c in range(3)]
+    one: tuple[Event, ...] = (Tick(104.0), *again, Committed(108, 1))
     state, said = play(*OPEN, *one, Scored(109, 1), Tick(209), policy=policy)
     assert isinstance(state.phase, Training)
     assert isinstance(said[-1], Assign)
     assert (said[-1].round, said[-1].attempt) == (2, 1)
+
+
+def test_a_commit_that_failed_is_an_abandoned_attempt() -> None:
+    closed = (*OPEN, update(5, 0), update(6, 1), update(7, 2))
+    again = draw(POLICY, 1, 1)
+    assert news(CommitFailed(8, 1, "not finite"), after=closed) == [
+        Abandon(1, 0, (), "not finite"),
+        Assign(1, 1, again, again),
+    ]
+    state, _ = play(*closed, CommitFailed(8, 1, "not finite"))
+    assert (state.round, state.attempt, state.failures) == (0, 1, 1)
+    assert play(*closed, CommitFailed(8, 2, "not finite")) == play(*closed)
+    policy = replace(POLICY, max_attempts=1)
+    finish = news(CommitFailed(8, 1, "not finite"), after=closed, policy=policy)[-1]
+    assert finish == Finish("round 1 failed 1 times, last: not finite")
 
 
 def test_committed_for_another_round_changes_nothing() -> None:
@@ -626,6 +644,11 @@ class Rounds(RuleBasedStateMachine):
     def commit(self) -> None:
         self.feed(Committed(self.now, self.state.round + 1))
 
+    @precondition(lambda self: isinstance(self.state.phase, Committing))
+    @rule()
+    def commit_fails(self) -> None:
+        self.feed(CommitFailed(self.now, self.state.round + 1, "not finite"))
+
     @rule(back=offsets)
     def score(self, back: int) -> None:
         self.feed(Scored(self.now, self.state.round + back))
@@ -653,7 +676,9 @@ class Rounds(RuleBasedStateMachine):
     @invariant()
     def rounds_are_committed_in_order_once_and_never_below_quorum(self) -> None:
         commits = [c for c in self.said if isinstance(c, Commit)]
-        assert [c.round for c in commits] == list(range(1, len(commits) + 1))
+        failed = Counter(e.round for e in self.log if isinstance(e, CommitFailed))
+        expected = [n for n in range(1, 4) for _ in range(1 + failed[n])]
+        assert [c.round for c in commits] == expected[: len(commits)]
         for c in commits:
             clients = [client for client, _ in c.refs]
             assert clients == sorted(clients)

@@ -204,6 +204,8 @@ class Peer:
                     assert message.version == self.version
                     score = Score(version=self.version, loss=2.0, metric=0.5, examples=9)
                     self.say(score, delay=self.delay)
+                case _:
+                    raise AssertionError(f"no job: {message}")
 
     def apply(self, step: Step, data: Frame) -> None:
         assert step.payload is not None
@@ -232,7 +234,7 @@ class Peer:
         work = Work(task.round, Assignment(task.client, task.units))
         value, _ = self.run.method.local(self.x, oracle, [None], work)
         if x is not None:
-            value = msgspec.structs.replace(value, values=x) if False else Dense(x)
+            value = Dense(x)
         update = Update(
             round=task.round,
             attempt=task.attempt,
@@ -359,10 +361,16 @@ def test_the_shell_wakes_for_the_deadline_itself(make: Make) -> None:
 def test_the_shell_does_not_spin_when_a_lost_node_is_given_up(make: Make) -> None:
     run = make(nodes=QUIET | {"return_seconds": 2.0}, rounds={"count": 1})
     a, b, _ = two_nodes(run)
-    b.answer = lambda task: []
     a.answer = lambda task: [(Bye(reason="power cut"), None)] if task.client == 0 else []
+
+    def answer(task: Task) -> list[Said]:
+        b.delay = 8.0
+        return [b.update(task)]
+
+    b.answer = answer
     run.finish()
-    assert run.net.silences < 60  # of 0.25 s each until the deadlines
+    assert run.net.now == pytest.approx(8.3)
+    assert run.net.silences < 40  # of 0.25 s each
 
 
 def test_a_duplicate_counts_once_and_leaks_nothing(make: Make) -> None:
@@ -613,7 +621,8 @@ def test_what_the_old_connection_still_says_is_a_strangers(make: Make) -> None:
     a, *_ = two_nodes(run)
     a.answer = lambda task: [(Failed(round=1, attempt=0, client=0, reason="old"), None)]
     a.delay = 1.5
-    Peer(run, "a", 0, 1, peer=b"another connection").login(1.9)
+    again = Peer(run, "a", 0, 1, peer=b"another connection").login(1.9)
+    again.delay = 0.7
     run.finish()
     assert "login" in {r.code for r in a.told(Refuse)}
     assert run.events(kinds.TaskFailed) == []
@@ -756,57 +765,68 @@ def test_a_node_that_starts_from_other_parameters_gets_a_snapshot(make: Make, ve
     run = make(rounds={"count": 1})
     a, *_ = two_nodes(run)
     a.x, a.version = run.x0 + 1, version
-    a_steps = run.finish()["resyncs"], [(s.version, s.snapshot) for s in a.told(Step)]
-    assert a_steps == (1, [(0, True)])
+    assert run.finish()["resyncs"] == 1
+    assert [(s.version, s.snapshot) for s in a.told(Step)] == [(0, True)]
 
 
 # --- large payloads --------------------------------------------------------------
 
 
-def most_outstanding(run: Run, up: bool) -> int:
-    """The most pulls at once of one peer that were not answered yet."""
-    most: int = 0
+def watch_pulls(run: Run) -> tuple[Counter[tuple[bytes, str]], Counter[str]]:
+    """Pulls without an answer, by who asks: now, and the most there ever were of one peer."""
+    waiting: Counter[tuple[bytes, str]] = Counter()
+    most: Counter[str] = Counter()
+
+    def watch(peer: bytes, message: object, pulls: str, chunks: str) -> None:
+        if isinstance(message, Pull):
+            waiting[peer, pulls] += 1
+            assert message.nbytes <= CHUNK_BYTES
+            most[pulls] = max(most[pulls], waiting[peer, pulls])
+        if isinstance(message, Chunk):
+            waiting[peer, chunks] -= 1
+
+    hear, recv = run.net.on_send, run.net.recv
+
+    def sent(peer: bytes, frames: Frames) -> None:
+        watch(peer, to_node.unpack(frames)[0], "coordinator", "node")
+        hear(peer, frames)
+
+    def received(within_seconds: float) -> tuple[bytes, list[bytes]] | None:
+        got = recv(within_seconds)
+        message = to_coordinator.unpack(got[1])[0] if got is not None else None
+        if got is not None and isinstance(message, Chunk):
+            watch(got[0], message, "node", "coordinator")
+        return got
+
     for peer in run.peers.values():
-        said = [m for m in (peer.up if up else peer.heard) if isinstance(m, Pull)]
-        asked = {(m.blob, m.offset) for m in said}
-        assert len(asked) == len(said)
-    return most
+        say = peer.say
+
+        def said(
+            message: Any,
+            data: memoryview | None = None,
+            delay: float = 0.0,
+            who: bytes = peer.peer,
+            say: Callable[..., None] = say,
+        ) -> None:
+            if isinstance(message, Pull):
+                watch(who, message, "node", "coordinator")
+            say(message, data, delay)
+
+        peer.say = said  # type: ignore[method-assign]
+    run.net.on_send, run.net.recv = sent, received  # type: ignore[method-assign]
+    return waiting, most
 
 
 def test_large_payloads_travel_in_chunks_both_ways_within_the_window(make: Make) -> None:
     run = make(LARGE, method=AVG, partition={"clients": 2}, rounds={"count": 2})
     a, evaluator = Peer(run, "a", 0).login(), Peer(run, "evaluator").login()
     b = Peer(run, "b", 1).login()
-    open_pulls: Counter[tuple[bytes, str]] = Counter()
-    most: Counter[str] = Counter()
-
-    def watch(peer: bytes, message: object, way: str) -> None:
-        """A pull in one direction is answered by a chunk in the other."""
-        if isinstance(message, Pull):
-            open_pulls[peer, way] += 1
-            assert message.nbytes <= CHUNK_BYTES
-            most[way] = max(most[way], open_pulls[peer, way])
-        if isinstance(message, Chunk):
-            open_pulls[peer, "down" if way == "up" else "up"] -= 1
-
-    hear, recv = run.net.on_send, run.net.recv
-
-    def sent(peer: bytes, frames: Frames) -> None:
-        watch(peer, to_node.unpack(frames)[0], "down")
-        hear(peer, frames)
-
-    def received(within_seconds: float) -> tuple[bytes, list[bytes]] | None:
-        got = recv(within_seconds)
-        if got is not None:
-            watch(got[0], to_coordinator.unpack(got[1])[0], "up")
-        return got
-
-    run.net.on_send, run.net.recv = sent, received  # type: ignore[method-assign]
+    waiting, most = watch_pulls(run)
     summary = run.finish()
     nbytes = 4 * LARGE.size
     assert nbytes > 4 * CHUNK_BYTES
-    assert most == {"up": WINDOW, "down": WINDOW}
-    assert not any(open_pulls.values())
+    assert most == {"node": WINDOW, "coordinator": WINDOW}
+    assert not any(waiting.values())
     central = run.server.central
     assert central is not None
     assert evaluator.x.tobytes() == central.x.tobytes()

@@ -1,0 +1,299 @@
+"""The reference pages name everything that the code has, so they cannot fall behind unseen."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import msgpack
+import msgspec
+import numpy as np
+import pytest
+from msgspec import NODEFAULT, Struct
+
+from coordinator import record
+from coordinator.central import Central
+from coordinator.record import RunRecorder
+from fedalgos.fedavg import FedAvg, fedavg
+from fedalgos.method import Settings
+from fedalgos.optim import Local, Server
+from fedalgos.registry import AnySettings
+from fedalgos.space import ParamSpace, digest
+from node.packages import PACKAGES
+from node.shapes import SHAPES
+from protocol import errors, experiment, messages, noise, wire
+from protocol.errors import SeedwireError
+from protocol.experiment import Experiment
+from protocol.messages import (
+    Beat,
+    Carrier,
+    Cost,
+    Hello,
+    Message,
+    Pull,
+    Refuse,
+    Score,
+    Task,
+    TensorInfo,
+    ToCoordinator,
+    ToNode,
+)
+from protocol.payload import Dense, Payload, Run, Scalars, Sparse, Spec, encode, spec_of
+from protocol.process import INTERRUPTED
+
+DOCS = Path(__file__).parent.parent / "docs"
+MESSAGES: tuple[type[Message], ...] = (*get_args(ToCoordinator), *get_args(ToNode))
+METHODS: tuple[type[Settings], ...] = get_args(AnySettings)
+OPTIMISERS: tuple[type[Struct], ...] = tuple({*get_args(Local), *get_args(Server)})
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def section(name: str, heading: str) -> str:
+    """What stands under a heading, down to the next one of any level."""
+    found = re.search(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", page(name), re.MULTILINE | re.DOTALL
+    )
+    assert found, f"docs/{name} has no section {heading!r}"
+    return found[1]
+
+
+def rows(text: str) -> dict[str, str]:
+    """The rows of all tables, by what the first column has in backticks."""
+    return dict(re.findall(r"^\| `([^`]+)`.*? \| (.*) \|$", text, re.MULTILINE))
+
+
+def tag(kind: type[Struct]) -> str:
+    return str(kind.__struct_config__.tag)
+
+
+def defaults(kind: type[Struct]) -> dict[str, object]:
+    return {f.name: f.default for f in msgspec.structs.fields(kind)}
+
+
+# --- protocol.md -----------------------------------------------------------------
+
+
+def test_the_protocol_page_is_of_the_version_that_the_code_speaks() -> None:
+    text = page("protocol.md")
+    assert text.startswith(f"# The wire protocol, version {wire.VERSION}\n")
+    assert f"{wire.MAX_BODY_BYTES:,}" in text
+    assert f"{wire.MAX_INLINE_BYTES:,}" in text
+    assert str(wire.VERSION) in section("protocol.md", "14. Changes")
+
+
+@pytest.mark.parametrize("kind", MESSAGES, ids=tag)
+def test_every_field_of_every_message_is_in_the_tables_and_no_other(kind: type[Message]) -> None:
+    described = rows(section("protocol.md", f"`{tag(kind)}`"))
+    refusals = set(get_args(messages.RefuseCode)) if kind is Refuse else set()
+    assert described.keys() - refusals == set(kind.__struct_fields__)
+    assert refusals <= described.keys()
+    required = {name for name, value in defaults(kind).items() if value is NODEFAULT}
+    assert {name for name, cells in described.items() if "| required |" in cells} == required
+
+
+@pytest.mark.parametrize("kind", [TensorInfo, Cost])
+def test_every_field_of_the_nested_structures_is_described(kind: type[Struct]) -> None:
+    text = section("protocol.md", "`ready`")
+    assert not [name for name in kind.__struct_fields__ if f"`{name}`" not in text]
+
+
+def test_every_phase_and_every_refusal_is_named() -> None:
+    text = page("protocol.md")
+    codes = get_args(messages.RefuseCode)
+    assert not [word for word in (*get_args(messages.Phase), *codes) if f"`{word}`" not in text]
+    assert not [code for code in codes if code not in rows(section("errors.md", "2. Refusals"))]
+
+
+@pytest.mark.parametrize("kind", get_args(Spec), ids=tag)
+def test_every_field_of_every_payload_is_in_its_table(kind: type[Struct]) -> None:
+    assert rows(section("protocol.md", f"`{tag(kind)}`")).keys() == set(kind.__struct_fields__)
+
+
+def test_the_noise_page_has_the_name_of_the_stream() -> None:
+    assert f"`{noise.STREAM}`" in page("noise.md")
+
+
+VALUES = np.array([1.0, -2.0, 0.5], np.float32)
+GOLDEN: dict[str, Message | Payload] = {
+    "beat": Beat(),
+    "hello": Hello(node="pi-1", software="0.1.0", stream=noise.STREAM, clients=(0, 1)),
+    "refuse": Refuse(code="login", reason="log in first"),
+    "task": Task(round=7, attempt=0, client=3, version=6, units=(0, 2)),
+    "pull": Pull(blob=1, offset=0, nbytes=524288),
+    "scalars": Scalars((Run(3, 2), Run(5, 1, 0.5)), VALUES),
+    "sparse, bitmap": Sparse(20, np.array([0, 9, 19]), VALUES),
+    "sparse, u32": Sparse(300, np.array([0, 258, 299]), VALUES),
+    "dense": Dense(VALUES, (0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_golden_bytes_of_the_page_are_what_we_send(name: str) -> None:
+    first, _, coding = name.partition(", ")
+    start = f"| `{first}`, `{coding}`" if coding else f"| `{first}`"
+    lines = section("protocol.md", "12. Golden bytes").splitlines()
+    (line,) = [line for line in lines if line.startswith(start)]
+    value = GOLDEN[name]
+    if isinstance(value, Message):
+        body = msgspec.to_builtins(value, builtin_types=(bytes,))
+        want = [msgpack.packb(body)]
+    else:
+        want = [msgpack.packb(msgspec.to_builtins(spec_of(value))), bytes(encode(value))]
+    assert re.findall(r"`((?:[0-9a-f]{2}){8,})`", line) == [data.hex() for data in want]
+
+
+def test_the_digests_of_the_page_are_ours() -> None:
+    tensors = (TensorInfo("a.weight", (2, 3), "a"), TensorInfo("b.bias", (2,), "b"))
+    text = section("protocol.md", "10. Digests")
+    assert msgspec.json.encode(tensors).decode() in text
+    assert f"`{ParamSpace.of(tensors).digest.hex()}`" in text
+    assert f"`{digest(VALUES).hex()}`" in text
+
+
+# --- experiments.md --------------------------------------------------------------
+
+
+def sections() -> Iterator[tuple[str, type[Struct]]]:
+    for f in msgspec.structs.fields(Experiment):
+        if isinstance(f.type, type) and issubclass(f.type, Struct):
+            yield f"[{f.name}]", f.type
+    yield "[method]", Settings
+    for kind in METHODS:
+        yield tag(kind), kind
+
+
+def written(value: object) -> str:
+    """A default as it stands in the tables."""
+    if value is NODEFAULT:
+        return "required"
+    if value is None:
+        return "none"
+    if isinstance(value, Struct):
+        shown = {"kind": tag(type(value))} | {
+            name: getattr(value, name)
+            for name, default in defaults(type(value)).items()
+            if getattr(value, name) != default
+        }
+        return "`{ " + ", ".join(f"{k} = {written(v).strip('`')}" for k, v in shown.items()) + " }`"
+    if isinstance(value, tuple):
+        return "[]"
+    if isinstance(value, float):
+        return np.format_float_positional(value, trim="0")
+    return f"`{json.dumps(value)}`" if isinstance(value, str) else str(value)
+
+
+@pytest.mark.parametrize(("heading", "kind"), list(sections()), ids=str)
+def test_every_key_of_an_experiment_is_in_the_tables_with_its_default(
+    heading: str, kind: type[Struct]
+) -> None:
+    shared = set(Settings.__struct_fields__) if kind in METHODS else set()
+    want = {name: written(v) for name, v in defaults(kind).items() if name not in shared}
+    if kind is Settings:
+        want["name"] = "required"
+    described = rows(section("experiments.md", heading))
+    assert {key: cells.split(" | ")[0] for key, cells in described.items()} == want
+
+
+def test_every_section_of_an_experiment_has_a_heading() -> None:
+    for name in Experiment.__struct_fields__:
+        section("experiments.md", f"[{name}]")
+
+
+@pytest.mark.parametrize("kind", OPTIMISERS, ids=tag)
+def test_every_constant_of_an_optimiser_is_listed(kind: type[Struct]) -> None:
+    (line,) = [
+        line
+        for line in section("experiments.md", "Optimisers").splitlines()
+        if line.startswith(f'| `"{tag(kind)}"`')
+    ]
+    assert set(re.findall(r"`(\w+)`", line)) == set(kind.__struct_fields__)
+
+
+def test_every_source_and_shape_is_listed() -> None:
+    text = page("experiments.md")
+    assert not [name for name in PACKAGES if f"pypi:{name}" not in text]
+    assert not [n for p in PACKAGES.values() for n in p.sets if f"/{n}`" not in text]
+    assert not [name for name in SHAPES if f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize("kind", METHODS, ids=tag)
+def test_every_method_has_a_section_that_names_its_settings(kind: type[Settings]) -> None:
+    text = page("methods.md")
+    (part,) = [p for p in text.split("\n## ") if f"(`{tag(kind)}`)\n" in p]
+    assert not [name for name in kind.__struct_fields__ if f"`{name}`" not in part]
+
+
+# --- errors.md -------------------------------------------------------------------
+
+
+def test_every_exit_code_is_listed_with_its_error() -> None:
+    table = section("errors.md", "1. Exit codes")
+    for kind in SeedwireError.__subclasses__():
+        assert f"| {kind.exit_code} | `{kind.__name__}` |" in table
+        assert getattr(errors, kind.__name__) is kind
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
+    ours = {kind.exit_code for kind in SeedwireError.__subclasses__()}
+    assert listed == ours | {0, 1, 2, INTERRUPTED}
+
+
+def test_every_reason_that_the_round_machine_gives_is_listed() -> None:
+    source = (DOCS.parent / "coordinator" / "rounds.py").read_text()
+    refusals = source[source.index("def _refusal") : source.index("def _close")]
+    reasons = re.findall(r'return f?"([^"{]+)', refusals)
+    reasons += re.findall(r'_reject\(event, "([^"]+)"\)', source)
+    assert len(reasons) > 6
+    text = section("errors.md", "3. Why an update is discarded")
+    assert not [why for why in reasons if f"`{why.strip()}" not in text]
+
+
+# --- summary.md ------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A run of no rounds, finished."""
+    tensors = (TensorInfo("w", (2, 3), "w"),)
+    table = {"run": {"name": "r"}, "model": {"id": "m"}, "data": {"id": "d"}}
+    e = experiment.convert(table | {"rounds": {"count": 1}, "method": {"name": "fedavg"}}, "here")
+    recorder = RunRecorder(tmp_path, e)
+    space = ParamSpace.of(tensors)
+    central = Central(fedavg(FedAvg(), space), space, np.zeros(6, np.float32))
+    score = Score(version=0, loss=1.0, metric=0.5, examples=2)
+    recorder.scored(0, score, bytes(16))
+    summary = recorder.finish(central, None)
+    recorder.close()
+    return tmp_path, summary
+
+
+def leaves(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def test_every_key_of_the_summary_is_defined(run: tuple[Path, dict[str, Any]]) -> None:
+    described = rows(section("summary.md", "summary.json"))
+    open_ended = {"bytes_by_kind"}  # by kind, of which there was none
+    assert set(leaves(run[1])) - open_ended <= described.keys()
+    assert not [key for key in open_ended if f"`{key}." not in page("summary.md")]
+    assert f"is {record.SUMMARY_VERSION}." in section("summary.md", "The promise")
+
+
+def test_every_file_of_a_run_is_described(run: tuple[Path, dict[str, Any]]) -> None:
+    text = page("summary.md")
+    assert not [path.name for path in run[0].iterdir() if f"`{path.name}`" not in text]
+
+
+def test_the_carriers_are_the_messages_that_list_a_payload() -> None:
+    carriers = {tag(kind) for kind in MESSAGES if issubclass(kind, Carrier)}
+    text = page("protocol.md")
+    parts = re.findall(r"^### `(\w+)`\n(.*?)(?=^#)", text, re.MULTILINE | re.DOTALL)
+    assert {name for name, part in parts if "| `payload` |" in part} == carriers

@@ -1,0 +1,204 @@
+"""The model as methods see it: derivatives against differences, and nothing left behind."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from node import model
+from node.data import Examples
+from node.model import TrainedModel
+from node.oracle import TorchOracle
+from node.task import Batch, TextTask
+from protocol import noise
+from protocol.experiment import Data, Model, Peft
+from protocol.noise import Direction
+from protocol.payload import Flat
+
+torch.set_num_threads(1)
+
+TASKS = {
+    "llama-tiny": Data(
+        id="x",
+        task="prompt",
+        template="{text} It was",
+        words=(" terrible", " great"),
+        max_length=32,
+    ),
+    "bert-tiny": Data(id="x", max_length=16),
+}
+EXAMPLES = Examples(["one text", "another, longer text", "a third"], np.array([0, 1, 1]))
+NAMES = pytest.mark.parametrize("name", TASKS)
+
+
+@cache
+def loaded(name: str) -> tuple[TrainedModel, TextTask, TorchOracle]:
+    """LoRA of both matrices: B moved off zero, where A would have no gradient."""
+    trained = model.load(
+        Model(id=f"random:{name}"), Peft(rank=2), TASKS[name], 2, jvp=True, device="cpu", seed=0
+    )
+    task = TextTask(trained, TASKS[name], ("0", "1"))
+    return trained, task, TorchOracle(trained, task)
+
+
+def at(name: str, seed: int = 1) -> Flat:
+    """A point where every trained number matters."""
+    x = loaded(name)[2].initial()
+    noise.add_(x, 0.3, Direction(seed, ((0, len(x)),)))
+    return x
+
+
+def batch(name: str) -> Batch:
+    task = loaded(name)[1]
+    return task.batch(task.tokenise(EXAMPLES), range(3))
+
+
+def double(name: str, x: Flat, z: Flat, eps: float) -> float:
+    """(f(x + eps z) - f(x - eps z)) / 2 eps, in float64 throughout."""
+    trained, task, _ = loaded(name)
+    net = trained.model
+    before = {p: p.data for p in net.parameters()}
+    buffers = {b: b.data for b in net.buffers()}
+    try:
+        net.double()
+        sizes = [p.numel() for p in trained.parameters]
+        values = []
+        for sign in (1, -1):
+            wide = torch.from_numpy(x.astype(np.float64) + sign * eps * z.astype(np.float64))
+            with torch.no_grad():
+                for p, part in zip(trained.parameters, torch.split(wide, sizes), strict=True):
+                    p.data = part.view(p.shape)
+                values.append(float(task.loss(net, task.batch(task.tokenise(EXAMPLES), range(3)))))
+        return (values[0] - values[1]) / (2 * eps)
+    finally:
+        for p, data in before.items():
+            p.data = data
+        for b, data in buffers.items():
+            b.data = data
+
+
+@NAMES
+def test_grad_equals_finite_differences(name: str) -> None:
+    _, _, oracle = loaded(name)
+    x = at(name)
+    loss, g = oracle.grad(oracle.array(x), batch(name))
+    gradient = oracle.numpy(g).astype(np.float64)
+    assert loss == pytest.approx(oracle.loss(oracle.array(x), batch(name)), rel=1e-6)
+    for key in range(3):
+        z = Direction(key, ((0, len(x)),)).dense(len(x))
+        expected = double(name, x, z, 1e-5)
+        assert abs(expected) > 1e-3
+        assert gradient @ z == pytest.approx(expected, rel=1e-4)
+
+
+@NAMES
+def test_jvp_is_the_gradient_in_the_direction_and_the_loss_itself(name: str) -> None:
+    _, _, oracle = loaded(name)
+    x = at(name)
+    loss, g = oracle.grad(oracle.array(x), batch(name))
+    gradient = oracle.numpy(g).astype(np.float64)
+    for key in range(3):
+        direction = Direction(key, ((0, len(x)),))
+        primal, derivative = oracle.jvp(oracle.array(x), direction, batch(name))
+        assert primal == pytest.approx(loss, rel=1e-6)
+        assert derivative == pytest.approx(gradient @ direction.dense(len(x)), rel=1e-4)
+
+
+@NAMES
+def test_jvp_of_a_part_is_the_derivative_along_that_part(name: str) -> None:
+    trained, _, oracle = loaded(name)
+    x = at(name)
+    gradient = oracle.numpy(oracle.grad(oracle.array(x), batch(name))[1]).astype(np.float64)
+    first = trained.parameters[0].numel()
+    whole = Direction(5, ((0, len(x)),)).dense(len(x)).astype(np.float64)
+    for ranges in [((0, first),), ((first, len(x) - 3),), ((2, 9), (first + 1, first + 20))]:
+        _, derivative = oracle.jvp(oracle.array(x), Direction(5, ranges), batch(name))
+        expected = sum(gradient[a:b] @ whole[a:b] for a, b in ranges)
+        assert derivative == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_jvp_along_nothing_is_zero() -> None:
+    oracle = loaded("bert-tiny")[2]
+    x = oracle.array(at("bert-tiny"))
+    loss, derivative = oracle.jvp(x, Direction(5, ()), batch("bert-tiny"))
+    assert derivative == 0.0
+    assert loss == oracle.loss(x, batch("bert-tiny"))
+
+
+@NAMES
+def test_losses_are_those_of_the_two_points(name: str) -> None:
+    oracle = loaded(name)[2]
+    x, direction = at(name), Direction(3, ((0, 50),))
+    plus, minus = oracle.losses(oracle.array(x), direction, 0.1, batch(name))
+    z = direction.dense(len(x))
+    step = np.float32(0.1) * z
+    assert plus == oracle.loss(oracle.array(x + step), batch(name))
+    assert minus == oracle.loss(oracle.array(x - step), batch(name))
+    assert plus != minus
+
+
+@NAMES
+def test_nothing_that_is_asked_changes_x(name: str) -> None:
+    oracle = loaded(name)[2]
+    x = oracle.array(at(name))
+    before, direction = oracle.numpy(x).tobytes(), Direction(3, ((0, 50),))
+    oracle.loss(x, batch(name))
+    oracle.grad(x, batch(name))
+    oracle.jvp(x, direction, batch(name))
+    oracle.losses(x, direction, 0.1, batch(name))
+    assert oracle.numpy(x).tobytes() == before
+
+
+@NAMES
+def test_an_answer_does_not_depend_on_what_was_asked_before(name: str) -> None:
+    oracle = loaded(name)[2]
+    first = oracle.loss(oracle.array(at(name)), batch(name))
+    other = oracle.loss(oracle.array(at(name, seed=2)), batch(name))
+    assert other != first
+    assert oracle.loss(oracle.array(at(name)), batch(name)) == first
+
+
+def test_add_is_the_reference_arithmetic_and_changes_x_alone() -> None:
+    oracle = loaded("bert-tiny")[2]
+    x, direction = at("bert-tiny"), Direction(11, ((3, 40), (60, 61)))
+    vector = oracle.array(x)
+    oracle.add_(vector, -0.123456789, direction)
+    expected = x.copy()
+    noise.add_(expected, -0.123456789, direction)
+    assert oracle.numpy(vector).tobytes() == expected.tobytes()
+    assert oracle.numpy(vector).tobytes() != x.tobytes()
+
+
+def test_an_array_is_a_private_copy() -> None:
+    oracle = loaded("bert-tiny")[2]
+    x = at("bert-tiny")
+    oracle.array(x).zero_()
+    assert x.any()
+    x.flags.writeable = False
+    oracle.array(x)  # and one may be made of what came over the wire
+
+
+def test_the_parameters_begin_as_loaded_and_load_moves_the_model_itself() -> None:
+    trained, _, _ = loaded("bert-tiny")
+    fresh = model.load(
+        Model(id="random:bert-tiny"),
+        Peft(rank=2),
+        TASKS["bert-tiny"],
+        2,
+        jvp=False,
+        device="cpu",
+        seed=0,
+    )
+    flat = torch.cat([p.detach().reshape(-1) for p in fresh.parameters]).numpy().copy()
+    oracle = TorchOracle(fresh, TextTask(fresh, TASKS["bert-tiny"], ("0", "1")))
+    start = oracle.initial()
+    assert start.tobytes() == flat.tobytes()
+    moved = start + np.float32(1)
+    oracle.load(moved)
+    now = torch.cat([p.detach().reshape(-1) for p in fresh.parameters]).numpy()
+    assert now.tobytes() == moved.tobytes()
+    assert start.tobytes() == flat.tobytes()  # what was handed out is no view of it
+    assert [p.shape for p in fresh.parameters] == [p.shape for p in trained.parameters]
