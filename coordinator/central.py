@@ -20,7 +20,6 @@ class Central:
     Attributes:
         x: the shared parameters, (space.size,) float32.
         version: how many steps made them.
-        digest: of ``x``; ``first_digest``: of version 0, which nodes build by themselves.
     """
 
     def __init__(self, method: Method[Any], space: ParamSpace, x: Flat) -> None:
@@ -28,7 +27,7 @@ class Central:
         self.space = space
         self.x = x
         self.version = 0
-        self.digest = self.first_digest = digest(x)
+        self._digests = [digest(x)]  # of every version
         self.history = History(4 * space.size, method.absolute)
         self._state, first = method.init(x)
         if first is not None:
@@ -52,6 +51,15 @@ class Central:
         self._state = state
         self._take(step, x, round)
 
+    @property
+    def digest(self) -> bytes:
+        """Of the parameters now."""
+        return self._digests[-1]
+
+    def has_been(self, version: int, digest: bytes) -> bool:
+        """Whether these are parameters of this run: of a version up to now."""
+        return 0 <= version <= self.version and self._digests[version] == digest
+
     def snapshot(self) -> Kept:
         """The parameters themselves, as a step that any version can take."""
         payload = Dense(self.x)
@@ -67,6 +75,6 @@ class Central:
     def _take(self, step: Payload, x: Flat, round: int) -> None:
         self.x = x
         self.version += 1
-        self.digest = digest(self.x)
+        self._digests.append(digest(x))
         message = Step(version=self.version, round=round, digest=self.digest, payload=spec_of(step))
         self.history.add(Kept(message, encode(step)))

@@ -40,6 +40,8 @@ def coordinator(
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ExperimentError(f"cannot make {directory}: {error.strerror}") from error
+            if (directory / "experiment.toml").exists():
+                raise ExperimentError(f"{directory} holds a run already")
         place = run.Place(bind, directory or run.run_directory(runs, e.run.name), evaluator)
         run.run(e, place, Console())
 

@@ -28,6 +28,7 @@ from protocol.messages import (
     Refuse,
     ToCoordinator,
     ToNode,
+    Update,
     to_coordinator,
     to_node,
 )
@@ -94,7 +95,7 @@ class Desk:
         self._outbox, self._inbox = Outbox(), Inbox[Carrier]()
         self._offered: dict[tuple[int, bool], int] = {}  # version, snapshot -> blob
         self._kinds: dict[int, meter.Kind] = {}  # what our own blobs are accounted as
-        self._last_beat = self._last_look = now()
+        self._last_beat = self._last_turn = now()
 
     def receive(self, within_seconds: float) -> Iterator[Arrival]:
         """Wait for one message and say what arrived with it, if anything is complete."""
@@ -150,7 +151,8 @@ class Desk:
                 if arrived is not None and arrived.data is not None:
                     yield Delivered(member, arrived.item, arrived.data)  # type: ignore[arg-type]
             case Carrier(payload=payload, blob=int(blob)) if payload is not None:
-                if payload.nbytes > self.max_payload_bytes:
+                is_allowed = isinstance(message, Update) or not member.trains
+                if payload.nbytes > self.max_payload_bytes or not is_allowed:
                     raise RemoteProtocolError(f"a payload of {payload.nbytes} bytes")
                 for pull in self._inbox.open(member.peer, blob, payload.nbytes, message):
                     self.send(member, pull)
@@ -180,9 +182,17 @@ class Desk:
             self._kinds[blob] = meter.kind_of(kept.message)
         self.send(member, msgspec.structs.replace(kept.message, blob=self._offered[key]))
 
-    def withdraw(self, version: int) -> None:
-        """Stop offering steps up to this version, and snapshots of it."""
-        for key in [key for key in self._offered if key[0] <= version]:
+    def withdraw(self, oldest: int, current: int) -> None:
+        """Stop offering steps before ``oldest``, and snapshots before ``current``.
+
+        A node that is still pulling one is told that it is gone, and asks anew.
+        """
+        gone = [
+            (version, snapshot)
+            for version, snapshot in self._offered
+            if version < (current if snapshot else oldest)
+        ]
+        for key in gone:
             blob = self._offered.pop(key)
             self._outbox.drop(blob)
             del self._kinds[blob]
@@ -194,16 +204,15 @@ class Desk:
 
     def keep_alive(self) -> list[tuple[Member, str]]:
         """Beat to everyone once an interval; returns who has been silent for too long."""
-        now = self._now()
-        if now - self._last_look > self._nodes.heartbeat_seconds:
+        now, away = self._now(), self._now() - self._last_turn
+        self._last_turn = now
+        if away > self._nodes.heartbeat_seconds:
             for member in self.roster:
-                member.seen = now  # we ourselves were away: their beats still wait in the queue
-        self._last_look = now
-        if now - self._last_beat < self._nodes.heartbeat_seconds:
-            return []
-        self._last_beat = now
-        for member in self.roster:
-            self.send(member, Beat())
+                member.seen = now  # it was we who were busy: their beats still wait in the queue
+        if now >= self._last_beat + self._nodes.heartbeat_seconds:
+            self._last_beat = now
+            for member in self.roster:
+                self.send(member, Beat())
         silent = self.roster.silent(now, self._nodes.patience_seconds)
         return [(member, f"silent for {now - member.seen:.1f} s") for member in silent]
 

@@ -41,13 +41,13 @@ class Evaluator:
         return self._process.pid
 
     def check(self) -> None:
-        """Restart the worker if it was killed.
+        """Restart the worker if it ended before the run.
 
         Raises:
             SeedwireError: the worker gave up for a reason of its own, or is killed each time.
         """
         code = self._process.poll()
-        if code is None or code == 0:
+        if code is None:
             return
         last = _last_line(self._log)
         if (kind := kind_of(code)) is not None:

@@ -1,7 +1,7 @@
 """The run directory: what was asked, what happened, and what it cost.
 
 experiment.toml  versions.json  events.jsonl  nodes.json
-metrics.jsonl    one line per evaluation before round 1 and per committed round
+metrics.jsonl    one line per evaluation and one per committed round
 costs.jsonl      one line per update: seconds and memory by phase
 summary.json     written at the end; its keys are a public promise (docs/summary.md)
 """
@@ -45,7 +45,6 @@ class RunRecorder:
     Args:
         directory: of the run; exists.
         experiment: as resolved.
-        meter: of the desk; read at every commit.
     """
 
     def __init__(self, directory: Path, experiment: Experiment) -> None:
@@ -102,8 +101,12 @@ class RunRecorder:
         """An update was accepted for aggregation, or at least could have been."""
         line: dict[str, Any] = {"round": update.round, "client": update.client}
         line |= {"node": member.name, "examples": update.examples, "loss": update.loss}
-        for cost in update.costs:
-            line[cost.phase] = {"seconds": cost.seconds, "rss": cost.rss, "cuda": cost.cuda}
+        for cost in update.costs:  # catch-up may come several times
+            past = line.setdefault(cost.phase, {"seconds": 0.0, "rss": None, "cuda": None})
+            past["seconds"] += cost.seconds
+            for level in ("rss", "cuda"):
+                peaks = [v for v in (past[level], getattr(cost, level)) if v is not None]
+                past[level] = max(peaks, default=None)
             if cost.phase == "train" and cost.rss and member.name in self._inference:
                 over = max(0, cost.rss - self._inference[member.name])
                 self.over_inference = max(self.over_inference or 0, over)
@@ -137,7 +140,8 @@ class RunRecorder:
     def abandoned(self, abandon: Abandon, now: float) -> None:
         assert self.round is not None  # noqa: S101 - it was opened
         self._seconds += now - self.round.opened_at
-        self.num_rejected["round abandoned"] += len(abandon.refs)
+        if abandon.refs:
+            self.num_rejected["round abandoned"] += len(abandon.refs)
 
     def scored(self, round: int, score: Score, digest: bytes) -> None:
         self.scores.append((round, score))

@@ -326,7 +326,7 @@ class Server:
                 self._updates.pop(ref, None)
             self._recorder.rejected(f"{error}")
             return CommitFailed(self.now(), command.round, str(error))
-        self.desk.withdraw(central.history.oldest - 1)
+        self.desk.withdraw(central.history.oldest, central.version)
         self._recorder.committed(command, self.now())
         return Committed(self.now(), command.round)
 
@@ -352,13 +352,8 @@ class Server:
         """Send a node what it lacks: the missed steps or a snapshot, whichever is fewer bytes."""
         central = self._central()
         known = -1 if member.version is None else member.version
-        if known == 0 and member.digest != central.first_digest:
-            reason = f"node {member.name} starts from other parameters than the evaluator"
-            log.warning("%s; it gets a snapshot", reason)
-            self._recorder.resynced(member, reason)
-            known = -1
-        if known > central.version:
-            reason = f"node {member.name} is ahead: it followed an earlier run of this name"
+        if known >= 0 and not central.has_been(known, member.digest):
+            reason = f"node {member.name} holds parameters of no version of this run"
             log.warning("%s; it gets a snapshot", reason)
             self._recorder.resynced(member, reason)
             known = -1

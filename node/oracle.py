@@ -31,7 +31,7 @@ class TorchOracle:
             parameter.data = part  # from here on the model's own tensors are views
 
     def initial(self) -> Flat:
-        """The parameters that the model was loaded with, (size,)."""
+        """The parameters that the model was loaded with, (size,); ask before anything else."""
         return self.numpy(self._flat).copy()
 
     def load(self, x: Flat) -> None:

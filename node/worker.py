@@ -77,9 +77,8 @@ class Worker:
         self._trained = trained
         self._space = ParamSpace.of(trained.infos)
         self._method = registry.build(self.settings, self._space, experiment.run.seed)
-        self._num_classes = len(shards.classes)
         self.x: Flat = self._oracle.initial()
-        self.version, self._digest = 0, digest(self.x)
+        self.version, self._digest, self._is_syncing = 0, digest(self.x), False
 
     def ready(self) -> Outcome:
         """Say what was loaded; an evaluator brings the parameters along."""
@@ -99,7 +98,6 @@ class Worker:
             version=self.version,
             digest=self._digest,
             space=self._space.digest,
-            classes=self._num_classes,
         )
 
     def run(self, message: Message, buffer: Frame | None) -> Outcome | None:
@@ -132,15 +130,19 @@ class Worker:
             got = digest(x)
             if got != step.digest:
                 return self._sync(f"the digest of version {step.version} differs")
-        self.x, self.version, self._digest = x, step.version, got
+        self.x, self.version, self._digest, self._is_syncing = x, step.version, got, False
         return None
 
-    def _sync(self, reason: str) -> Outcome:
+    def _sync(self, reason: str) -> Outcome | None:
+        """Ask for a snapshot, once until something has been applied again."""
+        if self._is_syncing:
+            return None
+        self._is_syncing = True
         return Outcome(Sync(version=self.version, reason=reason))
 
     def _local(self, order: Task) -> Outcome | None:
-        if order.version != self.version:
-            return None  # a resync is under way, after which the task comes again
+        if order.version != self.version:  # after a resync the task comes again
+            return self._sync(f"a task for version {order.version}")
         try:
             return self._update(order)
         except Exception as error:  # out of memory, a model without a forward rule, ...
@@ -170,11 +172,8 @@ class Worker:
         work = Work(order.round, Assignment(order.client, order.units))
         with self._phases("train"):
             value, loss = self._method.local(self.x, self._oracle, drawn(), work)
-        if not math.isfinite(loss):  # no message can carry it, and its update is of no use
-            raise ArithmeticError(f"the training loss is {loss}")
-        if not (np.isfinite(loss) and np.isfinite(value.values).all()):
-            self._phases.take()
-            raise ArithmeticError("the loss or the update is not finite; is the rate too high?")
+        if not (math.isfinite(loss) and np.isfinite(value.values).all()):
+            raise ArithmeticError(f"the training loss is {loss}, or the update is not finite")
         with self._phases("encode"):
             spec, buffer = payload.spec_of(value), payload.encode(value)
         update = Update(
@@ -189,8 +188,8 @@ class Worker:
         return Outcome(update, buffer)
 
     def _score(self, message: Evaluate) -> Outcome | None:
-        if message.version != self.version:
-            return None  # a resync is under way, after which the request comes again
+        if message.version != self.version:  # after a resync the request comes again
+            return self._sync(f"an evaluation of version {message.version}")
         with self._phases("evaluate"):
             self._oracle.load(self.x)
             loss, correct, count = 0.0, 0, 0

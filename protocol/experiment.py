@@ -245,6 +245,8 @@ def _impossible(e: Experiment) -> str | None:
             return f"rounds.{name} {value} is more than the cohort of {cohort}"
     if e.rounds.target and e.rounds.quorum > e.rounds.target:
         return f"rounds.quorum {e.rounds.quorum} is more than rounds.target {e.rounds.target}"
+    if e.nodes.start_clients > e.partition.clients:
+        return f"nodes.start_clients {e.nodes.start_clients} is more than partition.clients"
     if e.data.task == "prompt" and "{text}" not in e.data.template:
         return "data.template must contain {text}"
     if e.data.task == "prompt" and len(e.data.words) < 2:

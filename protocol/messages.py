@@ -119,7 +119,6 @@ class Ready(Carrier, frozen=True, kw_only=True, tag="ready"):
     digest: Digest
     space: Digest
     tensors: tuple[TensorInfo, ...] = ()
-    classes: Size = 0
     costs: tuple[Cost, ...] = ()
 
 
@@ -170,7 +169,7 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     experiment: dict[str, Any]
 
 
-RefuseCode = Literal["login", "version", "clients", "superseded", "finished"]
+RefuseCode = Literal["login", "version", "clients", "superseded"]
 
 
 class Refuse(Message, frozen=True, kw_only=True, tag="refuse"):

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -93,7 +92,7 @@ def test_other_clients_are_refused_with_an_example(text: str) -> None:
 def test_a_name_that_the_coordinator_would_drop_is_refused_here() -> None:
     assert checked_name("pi-4.local_2") == "pi-4.local_2"
     for bad in ("", "my node", "-x", "x" * 64, "ä", "x\n"):
-        with pytest.raises(click.BadParameter, match="--name"):
+        with pytest.raises(typer.BadParameter, match="--name"):
             checked_name(bad)
 
 

@@ -11,7 +11,7 @@ import pytest
 from node.engine import Engine, Outcome, Setup
 from protocol import experiment as experiments
 from protocol.errors import ModelError
-from protocol.messages import Beat, Evaluate, Message, Ready, Step, Task
+from protocol.messages import Beat, Cost, Evaluate, Message, Ready, Step, Task
 from protocol.wire import Frame
 from tests.fakes import Blocker, ScriptedWorker, refusing
 
@@ -27,7 +27,9 @@ EXPERIMENT = experiments.convert(
     "test",
 )
 READY = Ready(version=0, digest=DIGEST, space=DIGEST)
-FIRST = Outcome(Ready(version=0, digest=DIGEST, space=DIGEST, classes=2), memoryview(b"x"))
+FIRST = Outcome(
+    Ready(version=0, digest=DIGEST, space=DIGEST, costs=(Cost("load", 1.0),)), memoryview(b"x")
+)
 Answer = Callable[[Message, Frame | None], Outcome | None]
 
 

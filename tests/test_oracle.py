@@ -19,6 +19,8 @@ from protocol.noise import Direction
 from protocol.payload import Flat
 
 torch.set_num_threads(1)
+# torch's own, in its first forward-mode derivative.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 TASKS = {
     "llama-tiny": Data(
@@ -35,18 +37,19 @@ NAMES = pytest.mark.parametrize("name", TASKS)
 
 
 @cache
-def loaded(name: str) -> tuple[TrainedModel, TextTask, TorchOracle]:
+def loaded(name: str) -> tuple[TrainedModel, TextTask, TorchOracle, Flat]:
     """LoRA of both matrices: B moved off zero, where A would have no gradient."""
     trained = model.load(
         Model(id=f"random:{name}"), Peft(rank=2), TASKS[name], 2, jvp=True, device="cpu", seed=0
     )
     task = TextTask(trained, TASKS[name], ("0", "1"))
-    return trained, task, TorchOracle(trained, task)
+    oracle = TorchOracle(trained, task)
+    return trained, task, oracle, oracle.initial()
 
 
 def at(name: str, seed: int = 1) -> Flat:
     """A point where every trained number matters."""
-    x = loaded(name)[2].initial()
+    x = loaded(name)[3].copy()
     noise.add_(x, 0.3, Direction(seed, ((0, len(x)),)))
     return x
 
@@ -56,47 +59,33 @@ def batch(name: str) -> Batch:
     return task.batch(task.tokenise(EXAMPLES), range(3))
 
 
-def double(name: str, x: Flat, z: Flat, eps: float) -> float:
-    """(f(x + eps z) - f(x - eps z)) / 2 eps, in float64 throughout."""
-    trained, task, _ = loaded(name)
-    net = trained.model
-    before = {p: p.data for p in net.parameters()}
-    buffers = {b: b.data for b in net.buffers()}
-    try:
-        net.double()
-        sizes = [p.numel() for p in trained.parameters]
-        values = []
-        for sign in (1, -1):
-            wide = torch.from_numpy(x.astype(np.float64) + sign * eps * z.astype(np.float64))
-            with torch.no_grad():
-                for p, part in zip(trained.parameters, torch.split(wide, sizes), strict=True):
-                    p.data = part.view(p.shape)
-                values.append(float(task.loss(net, task.batch(task.tokenise(EXAMPLES), range(3)))))
-        return (values[0] - values[1]) / (2 * eps)
-    finally:
-        for p, data in before.items():
-            p.data = data
-        for b, data in buffers.items():
-            b.data = data
+def slope(name: str, x: Flat, u: Flat, h: float = 0.02) -> float:
+    """The derivative along u by differences of order 4, whose error is far below fp32's."""
+    oracle = loaded(name)[2]
+
+    def f(at: float) -> float:
+        return oracle.loss(oracle.array(x + np.float32(at) * u), batch(name))
+
+    return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
 
 
 @NAMES
 def test_grad_equals_finite_differences(name: str) -> None:
-    _, _, oracle = loaded(name)
+    _, _, oracle, _ = loaded(name)
     x = at(name)
     loss, g = oracle.grad(oracle.array(x), batch(name))
     gradient = oracle.numpy(g).astype(np.float64)
     assert loss == pytest.approx(oracle.loss(oracle.array(x), batch(name)), rel=1e-6)
+    steepest = gradient / np.linalg.norm(gradient)
     for key in range(3):
         z = Direction(key, ((0, len(x)),)).dense(len(x))
-        expected = double(name, x, z, 1e-5)
-        assert abs(expected) > 1e-3
-        assert gradient @ z == pytest.approx(expected, rel=1e-4)
+        u = (steepest + z / np.linalg.norm(z)).astype(np.float32)
+        assert gradient @ u == pytest.approx(slope(name, x, u), rel=1e-4)
 
 
 @NAMES
 def test_jvp_is_the_gradient_in_the_direction_and_the_loss_itself(name: str) -> None:
-    _, _, oracle = loaded(name)
+    _, _, oracle, _ = loaded(name)
     x = at(name)
     loss, g = oracle.grad(oracle.array(x), batch(name))
     gradient = oracle.numpy(g).astype(np.float64)
@@ -109,7 +98,7 @@ def test_jvp_is_the_gradient_in_the_direction_and_the_loss_itself(name: str) -> 
 
 @NAMES
 def test_jvp_of_a_part_is_the_derivative_along_that_part(name: str) -> None:
-    trained, _, oracle = loaded(name)
+    trained, _, oracle, _ = loaded(name)
     x = at(name)
     gradient = oracle.numpy(oracle.grad(oracle.array(x), batch(name))[1]).astype(np.float64)
     first = trained.parameters[0].numel()
@@ -182,7 +171,7 @@ def test_an_array_is_a_private_copy() -> None:
 
 
 def test_the_parameters_begin_as_loaded_and_load_moves_the_model_itself() -> None:
-    trained, _, _ = loaded("bert-tiny")
+    trained, *_ = loaded("bert-tiny")
     fresh = model.load(
         Model(id="random:bert-tiny"),
         Peft(rank=2),
