@@ -97,7 +97,11 @@ def run(experiment: Experiment, place: Place, console: Console) -> dict[str, Any
             "clients": settings.policy.clients,
         }
         _write_whole(directory / "coordinator.json", json.dumps(announcement) + "\n")
-        console.print(f"{directory.name}: listening on {router.endpoint}, results in {directory}")
+        console.print(
+            f"{directory.name}: listening on {router.endpoint}, results in {directory}",
+            soft_wrap=True,
+            highlight=False,
+        )
         evaluator = Evaluator(router.endpoint, directory) if place.starts_evaluator else None
         reason = "the coordinator stopped"
         try:
