@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch.nn import functional
 
 from node.data import Examples
@@ -71,11 +72,8 @@ class TextTask:
         self._device = trained.parameters[0].device
         self._words = torch.tensor(self._word_ids(classes), device=self._device)
         takes = inspect.signature(trained.core.forward).parameters
-        # Only what is used is asked for: no key-value cache, and of a prompt only the
-        # last position's logits, which saves the vocabulary's width at all others.
         self._fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
-        if self._is_prompt and "logits_to_keep" in takes:
-            self._fixed["logits_to_keep"] = 1
+        self._head = trained.core.get_output_embeddings() if self._is_prompt else None
         self._template_ids: list[int] = []
         self._wants_positions = self._is_prompt and "position_ids" in takes
         if self._is_prompt:
@@ -117,10 +115,15 @@ class TextTask:
 
     def logits(self, model: ModelCall, batch: Batch) -> torch.Tensor:
         """Scores of the classes in fp32, of shape (n, classes)."""
-        scores: torch.Tensor = model(**batch.inputs).logits
-        if self._is_prompt:
-            scores = scores[:, -1, :].index_select(1, self._words)
-        return scores.float()
+        if self._head is None:
+            scores: torch.Tensor = model(**batch.inputs).logits
+            return scores.float()
+        hook = self._head.register_forward_pre_hook(_last_position)
+        try:
+            words: torch.Tensor = model(**batch.inputs).logits.index_select(1, self._words)
+        finally:
+            hook.remove()
+        return words.float()
 
     def loss(self, model: ModelCall, batch: Batch) -> torch.Tensor:
         """Mean cross entropy, fp32."""
@@ -199,3 +202,12 @@ class TextTask:
         if excess > len(inside):
             return self._template_ids
         return ids[: inside[-1] + 1 - excess] + ids[inside[-1] + 1 : size]
+
+
+def _last_position(_head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Let the output head see (n, hidden) of (n, length, hidden): only the last is scored.
+
+    It saves the vocabulary's width at all other positions, and in forward mode a copy
+    of the head for each row, which a product with three dimensions makes there.
+    """
+    return (args[0][:, -1],)

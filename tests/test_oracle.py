@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from node import model
 from node.data import Examples
@@ -93,7 +94,7 @@ def test_jvp_is_the_gradient_in_the_direction_and_the_loss_itself(name: str) -> 
         direction = Direction(key, ((0, len(x)),))
         primal, derivative = oracle.jvp(oracle.array(x), direction, batch(name))
         assert primal == pytest.approx(loss, rel=1e-6)
-        assert derivative == pytest.approx(gradient @ direction.dense(len(x)), rel=1e-4)
+        assert derivative == pytest.approx(gradient @ direction.dense(len(x)), rel=1e-4, abs=1e-6)
 
 
 @NAMES
@@ -107,6 +108,24 @@ def test_jvp_of_a_part_is_the_derivative_along_that_part(name: str) -> None:
         _, derivative = oracle.jvp(oracle.array(x), Direction(5, ranges), batch(name))
         expected = sum(gradient[a:b] @ whole[a:b] for a, b in ranges)
         assert derivative == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_jvp_carries_tangents_only_where_the_direction_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What forward mode costs is in proportion to the tensors that have a tangent."""
+    trained, _, oracle, _ = loaded("bert-tiny")
+    made: list[torch.Size] = []
+    make_dual = forward_ad.make_dual
+
+    def counted(tensor: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+        made.append(tensor.shape)
+        dual: torch.Tensor = make_dual(tensor, tangent)  # type: ignore[no-untyped-call]
+        return dual
+
+    monkeypatch.setattr(forward_ad, "make_dual", counted)
+    first, second = trained.parameters[:2]
+    ranges = ((first.numel() + 1, first.numel() + 5),)
+    oracle.jvp(oracle.array(at("bert-tiny")), Direction(5, ranges), batch("bert-tiny"))
+    assert made == [second.shape]
 
 
 def test_jvp_along_nothing_is_zero() -> None:

@@ -601,6 +601,17 @@ def test_a_payload_that_is_too_large_is_a_breach_before_a_byte_is_pulled(make: M
     assert a.told(Pull) == []
 
 
+def test_a_training_node_may_not_announce_a_large_payload_at_login(make: Make) -> None:
+    run = make()
+    a = Peer(run, "a", 0, 1).login()
+    ready, _ = a.ready()
+    large = msgspec.structs.replace(ready, payload=payload.DenseSpec(1 << 30), blob=1)
+    a.ready = lambda: (large, None)  # type: ignore[method-assign]
+    run.until(lambda: run.net.now > 0.3)
+    assert run.recorder.num_rejected == {"bad message": 1}
+    assert run.server.desk._inbox._arriving == {}
+
+
 # --- nodes that come and go ------------------------------------------------------
 
 
@@ -878,11 +889,58 @@ def test_a_half_sent_update_of_a_lost_node_is_forgotten(make: Make) -> None:
             hear(frames)
 
     a.hear = dies  # type: ignore[method-assign]
-    run.until(lambda: bool(run.server.desk._inbox._arriving))
+    inbox = run.server.desk._inbox
+    run.until(lambda: any(peer == a.peer for peer, _ in inbox._arriving))
     again = Peer(run, "a", 0, peer=b"a again").login(run.net.now)
     run.finish()
     assert again.told(Task)[0].client == 0
+    assert inbox._arriving == {}
+
+
+def test_a_half_sent_update_of_a_node_that_left_is_forgotten(make: Make) -> None:
+    run = make(LARGE, method=AVG, partition={"clients": 1}, rounds={"count": 1})
+    a = Peer(run, "a", 0).login()
+    Peer(run, "evaluator").login()
+    a.answer = lambda task: [
+        (msgspec.structs.replace(a.update(task)[0], blob=77), None),
+        (Bye(reason="stopped on this side"), None),
+    ]
+    a.say = lambda message, *rest, say=a.say, **more: (  # type: ignore[method-assign]
+        None if isinstance(message, Chunk) and message.blob == 77 else say(message, *rest, **more)
+    )
+    run.until(lambda: bool(run.events(kinds.NodeLost)))
     assert run.server.desk._inbox._arriving == {}
+    Peer(run, "a", 0, peer=b"a again").login(run.net.now)
+    run.finish()
+
+
+def test_a_second_login_on_one_connection_gives_up_what_was_on_its_way(make: Make) -> None:
+    """The node begins to number its blobs anew, so an old transfer must not go on."""
+    run = make(LARGE, method=AVG, partition={"clients": 1}, rounds={"count": 1})
+    a = Peer(run, "a", 0).login()
+    Peer(run, "evaluator").login()
+    inbox, old = run.server.desk._inbox, list[object]()
+
+    def again(task: Task) -> list[Said]:
+        a.answer = lambda task: [a.update(task)]
+        update = msgspec.structs.replace(a.update(task)[0], blob=77)  # and never serves it
+        return [(update, None), (a.hello(), None)]
+
+    a.answer = again
+    hear = a.hear
+
+    def mute(frames: list[bytes]) -> None:
+        message, _ = to_node.unpack(frames)
+        if isinstance(message, Pull) and message.blob == 77:
+            old.append(message)
+        else:
+            hear(frames)
+
+    a.hear = mute  # type: ignore[method-assign]
+    run.finish()
+    assert old
+    assert inbox._arriving == {}
+    assert a.told(Refuse) == []
 
 
 # --- the account -----------------------------------------------------------------

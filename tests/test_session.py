@@ -326,13 +326,16 @@ def test_a_first_message_that_may_have_been_lost_is_sent_whole_again(c: Coordina
     c.welcome()
 
 
-def test_what_waited_for_a_lost_payload_is_forgotten(c: Coordinator) -> None:
-    c.start().welcome(**HASTY)
+@pytest.mark.parametrize("is_told", [False, True])
+def test_what_waited_for_a_lost_payload_is_forgotten(c: Coordinator, is_told: bool) -> None:
+    c.start().welcome(**({} if is_told else HASTY))
     c.expect(Ready)
     c.say(msgspec.structs.replace(step(LARGE), blob=1))
     c.say(task(0))
     for _ in range(WINDOW):
         c.expect(Pull)
+    if is_told:
+        c.say(Refuse(code="login", reason="log in first"))
     c.welcome()
     c.expect(Ready)
     c.say(task(1))

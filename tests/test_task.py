@@ -130,25 +130,22 @@ def test_prompt_scores_are_the_label_words_logits_at_the_last_position() -> None
     torch.testing.assert_close(scores, expected)
 
 
-def test_a_model_without_logits_to_keep_scores_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_last_position_reaches_the_output_head_and_the_model_is_left_as_it_was() -> None:
     trained, task = _task("gpt2-tiny", PROMPT)
     batch = task.encode(EXAMPLES)
-    assert batch.inputs["logits_to_keep"] == 1
-    whole = type(batch)(
-        {k: v for k, v in batch.inputs.items() if k != "logits_to_keep"}, batch.labels
-    )
+    rows, width = batch.inputs["input_ids"].shape
     with torch.inference_mode():
-        torch.testing.assert_close(
-            task.logits(trained.model, whole), task.logits(trained.model, batch)
-        )
-    original = type(trained.core).forward
+        whole = trained.model(**batch.inputs).logits
+        task.logits(trained.model, batch)
+        again = trained.model(**batch.inputs).logits
+    assert whole.shape[:2] == again.shape[:2] == (rows, width)
 
-    def forward(self: Any, input_ids: Any, attention_mask: Any = None) -> Any:
-        return original(self, input_ids, attention_mask=attention_mask)
+    def broken(**_inputs: Any) -> Any:
+        raise RuntimeError
 
-    monkeypatch.setattr(type(trained.core), "forward", forward)
-    plain = TextTask(trained, PROMPT, ("0", "1")).encode(EXAMPLES)
-    assert set(plain.inputs) == {"input_ids", "attention_mask"}
+    with pytest.raises(RuntimeError):
+        task.logits(broken, batch)
+    assert not trained.core.get_output_embeddings()._forward_pre_hooks
 
 
 def test_a_batch_gathers_rows_by_number_and_pads_to_its_own_longest() -> None:
