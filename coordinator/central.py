@@ -28,7 +28,7 @@ class Central:
         self.x = x
         self.version = 0
         self._digests = [digest(x)]  # of every version
-        self.history = History(4 * space.size, method.absolute)
+        self.history = History(self.snapshot().nbytes, method.absolute)
         self._state, first = method.init(x)
         if first is not None:
             self._take(first, method.apply(x, 0, first), round=0)

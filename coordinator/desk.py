@@ -122,6 +122,8 @@ class Desk:
             yield Breach(self.roster.at(peer), str(error))
 
     def _login(self, peer: bytes, hello: Hello, frames: list[bytes]) -> Iterator[Arrival]:
+        if self.roster.is_overtaken(hello):
+            return
         refusal = self.roster.refuse(hello)
         if refusal is not None:
             log.warning("refused: %s", refusal.reason)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from protocol.messages import Step
 
 
@@ -14,6 +16,11 @@ class Kept:
 
     message: Step
     data: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """What it costs to send: of a few scalars the body is the larger part."""
+        return len(msgspec.msgpack.encode(self.message)) + len(self.data)
 
 
 class History:
@@ -53,8 +60,8 @@ class History:
         missed = [kept for kept in self._steps if kept.message.version > version]
         if not missed or missed[0].message.version != version + 1:
             return None
-        cost = sum(len(kept.data) for kept in missed)
+        cost = sum(kept.nbytes for kept in missed)
         return missed if cost <= self._snapshot_bytes else None
 
     def _nbytes(self) -> int:
-        return sum(len(kept.data) for kept in self._steps)
+        return sum(kept.nbytes for kept in self._steps)

@@ -77,6 +77,19 @@ class Roster:
                 )
         return None
 
+    def is_overtaken(self, hello: Hello) -> bool:
+        """Whether the same process has logged in again since it said this.
+
+        A node that gets no answer tries on a new connection, and what it said on the old
+        one may still be read after that.
+        """
+        member = self._by_name.get(hello.node)
+        return (
+            member is not None
+            and (member.hello.host, member.hello.pid) == (hello.host, hello.pid)
+            and member.hello.login > hello.login
+        )
+
     def admit(self, hello: Hello, peer: bytes, now: float) -> tuple[Member, Member | None]:
         """Log a node in, at once; returns it and the earlier login that this one supersedes."""
         old = self._by_name.get(hello.node)

@@ -215,7 +215,7 @@ def _open(state: State, since: float, now: float, policy: Policy) -> Outcome:
             return opened, [Assign(number, attempt, cohort, present)]
         if now < since + policy.return_seconds:
             return state, []  # the drawn clients may come back
-    return replace(state, phase=Gathering(now)), []
+    return replace(state, attempt=state.attempt + MAX_DRAWS, phase=Gathering(now)), []
 
 
 def _training(state: State, phase: Training, event: Event, policy: Policy) -> Outcome:

@@ -113,7 +113,7 @@ class Session:
             NetworkError: the coordinator was not to be found for ``give_up_seconds``.
             SeedwireError: model or data could not be loaded.
         """
-        self._send(self._hello)
+        self._log_in()
         while not self._finished:
             now = time.monotonic()
             frames = self._dealer.recv(max(0.0, self._next_due() - now))
@@ -163,6 +163,10 @@ class Session:
         self._backoff = min(MAX_BACKOFF_SECONDS, 1.5 * self._backoff * jitter)
         self._heard = now
         self._dealer.reconnect()
+        self._log_in()
+
+    def _log_in(self) -> None:
+        self._hello = msgspec.structs.replace(self._hello, login=self._hello.login + 1)
         self._send(self._hello)
 
     def _forget_transfers(self) -> None:
@@ -192,7 +196,7 @@ class Session:
             case Refuse(code="login"):
                 self._is_in = False
                 self._forget_transfers()
-                self._send(self._hello)
+                self._log_in()
             case Refuse(reason=reason):
                 raise RefusedError(reason)
             case Step() | Task() | Evaluate():

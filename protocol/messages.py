@@ -110,6 +110,7 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     role: Literal["train", "evaluate"] = "train"
     host: Text = ""
     pid: Size = 0
+    login: Size = 0  # counts up within a process: a Hello that was overtaken is not obeyed
 
 
 class Ready(Carrier, frozen=True, kw_only=True, tag="ready"):

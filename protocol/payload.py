@@ -153,7 +153,7 @@ def decode(spec: Spec, buffer: bytes | memoryview) -> Payload:
 def _finite(values: Flat) -> Flat:
     """One NaN in an accumulator destroys every replica for ever."""
     if not np.isfinite(values).all():
-        raise RemoteProtocolError("payload: a value is not finite")
+        raise RemoteProtocolError("a value of the payload is not finite")
     return values
 
 
@@ -167,12 +167,12 @@ def _places(
     if coding == "bitmap":
         bits = np.unpackbits(np.frombuffer(buffer, np.uint8), bitorder="little")
         if bits[size:].any():
-            raise RemoteProtocolError("payload: a place beyond the size")
+            raise RemoteProtocolError("a place of the payload is beyond its size")
         places = np.flatnonzero(bits[:size]).astype(np.int64)
         if len(places) != count:
-            raise RemoteProtocolError(f"payload: {len(places)} places for {count} values")
+            raise RemoteProtocolError(f"the payload has {len(places)} places for {count} values")
         return places
     places = np.frombuffer(buffer, U32).astype(np.int64)
     if count and (places[-1] >= size or (np.diff(places) <= 0).any()):
-        raise RemoteProtocolError("payload: places do not increase, or pass the size")
+        raise RemoteProtocolError("the payload's places do not increase, or pass its size")
     return places

@@ -6,12 +6,16 @@ from coordinator.history import History, Kept
 from protocol.messages import Step
 
 
-def kept(version: int, nbytes: int = 10) -> Kept:
-    return Kept(Step(version=version, round=version, digest=bytes(16)), memoryview(bytes(nbytes)))
+def kept(version: int, size: int) -> Kept:
+    """A step that costs ``10 * size`` bytes, body and all."""
+    step = Step(version=version, round=version, digest=bytes(16))
+    body = Kept(step, memoryview(b"")).nbytes
+    assert 0 < body < 100
+    return Kept(step, memoryview(bytes(10 * size - body)))
 
 
 def history(*sizes: int, snapshot: int = 100, absolute: bool = False) -> History:
-    made = History(snapshot, absolute)
+    made = History(10 * snapshot, absolute)
     for version, nbytes in enumerate(sizes, 1):
         made.add(kept(version, nbytes))
     return made

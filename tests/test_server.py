@@ -62,7 +62,7 @@ TURN = 0.25
 MEZO = {"name": "fedmezo", "lr": 0.01, "steps": 1}
 AVG = {"name": "fedavg", "steps": 1}
 QUIET = {"heartbeat_seconds": 1000.0, "patience_seconds": 1e5, "return_seconds": 10.0}
-TINY, LARGE = space_of(10, 6), space_of(650_001, 10)
+TINY, SMALL, LARGE = space_of(10, 6), space_of(500), space_of(650_001, 10)
 
 
 class Run:
@@ -392,11 +392,13 @@ def test_a_nan_update_is_rejected_with_a_reason_counted_and_its_node_told(make: 
     nan = np.full(run.space.size, np.nan, np.float32)
     a.answer = lambda task: [a.update(task, nan if task.client == 1 else None)]
     summary = run.finish()
-    assert [(r.client, r.reason) for r in a.told(Reject)] == [(1, "payload: a value is not finite")]
+    assert [(r.client, r.reason) for r in a.told(Reject)] == [
+        (1, "a value of the payload is not finite")
+    ]
     assert sum(summary["rejected"].values()) == 1
     assert run.net.now < 1  # nobody waited for it
     line = json.loads((run.directory / "metrics.jsonl").read_text().splitlines()[1])
-    assert line["missing"] == {"1": "payload: a value is not finite"}
+    assert line["missing"] == {"1": "a value of the payload is not finite"}
     assert np.isfinite(run.server.central.x).all()  # type: ignore[union-attr]
 
 
@@ -627,6 +629,20 @@ def test_the_same_name_supersedes_at_once(make: Make) -> None:
     assert [e.reason for e in run.events(kinds.NodeLost)] == ["superseded by a new login"]
 
 
+def test_a_login_that_was_overtaken_on_the_way_is_not_obeyed(make: Make) -> None:
+    run = make()
+    a, *_ = two_nodes(run)
+    hello = Hello(node="a", software="1.0", stream=STREAM, clients=(0, 1), login=5, host="h", pid=7)
+    run.net.deliver(1.0, b"new", to_coordinator.pack(hello))
+    earlier = msgspec.structs.replace(hello, login=4)
+    run.net.deliver(1.1, b"old", to_coordinator.pack(earlier))
+    run.net.deliver(1.2, b"new", to_coordinator.pack(Heartbeat()))
+    while run.net.now < 1.2:
+        run.server.turn(0.1)
+    assert [m.peer for m in run.server.desk.roster if m.name == "a"] == [b"new"]
+    assert [r.code for r in a.told(Refuse)] == ["superseded"]
+
+
 def test_what_the_old_connection_still_says_is_a_strangers(make: Make) -> None:
     run = make()
     a, *_ = two_nodes(run)
@@ -726,7 +742,7 @@ SCARCE: dict[str, Any] = {"nodes": QUIET | {"start_clients": 2}}
 
 
 def test_a_node_that_is_behind_gets_the_steps_while_they_are_cheaper(make: Make) -> None:
-    b = late(make(rounds={"count": 6, "quorum": 2}, **SCARCE), after=3)
+    b = late(make(space=SMALL, rounds={"count": 6, "quorum": 2}, **SCARCE), after=3)
     first = b.told(Task)[0].version
     assert first >= 3
     steps = b.told(Step)
@@ -736,7 +752,9 @@ def test_a_node_that_is_behind_gets_the_steps_while_they_are_cheaper(make: Make)
 
 def test_a_node_that_is_far_behind_gets_a_snapshot(make: Make) -> None:
     b = late(make(rounds={"count": 15, "quorum": 2}, **SCARCE), after=10)
-    first, *others = b.told(Step)  # 10 steps of 8 bytes, against 64
+    first, *others = b.told(
+        Step
+    )  # 10 steps of about 100 bytes, body and all, against 64 and a body
     assert first.snapshot
     assert first.version == b.told(Task)[0].version
     assert not any(s.snapshot for s in others)

@@ -1,0 +1,138 @@
+"""The worker on a tiny model: jobs in, outcomes out, no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import pytest
+from peft import PeftModel
+
+from fedalgos.space import digest
+from node.engine import Outcome, Setup
+from node.worker import MAX_LOSS, Worker
+from protocol import experiment as experiments
+from protocol import payload
+from protocol.messages import Evaluate, Failed, Message, Ready, Score, Step, Sync, Task, Update
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.csv"
+    rows = [f"it was {'fine' if i % 2 else 'poor'} number {i},{i % 2}" for i in range(48)]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+    return path
+
+
+BOTH = Setup((0, 1))
+
+
+def worker(csv: Path, method: str = "fedavg", setup: Setup = BOTH, **more: object) -> Worker:
+    table = {
+        "run": {"name": "test", "seed": 1},
+        "model": {"id": "random:bert-tiny"},
+        "data": {"id": str(csv), "max_length": 16, "test": 8},
+        "partition": {"clients": 2},
+        "peft": {"rank": 2},
+        "rounds": {"count": 1},
+        "method": {"name": method, "batch_size": 4, "steps": 2} | more,
+    }
+    return Worker(experiments.convert(table, "test"), setup)
+
+
+M = TypeVar("M", bound=Message)
+
+
+def told(outcome: Outcome | None, kind: type[M]) -> M:
+    assert outcome is not None
+    assert isinstance(outcome.message, kind)
+    return outcome.message
+
+
+def task(client: int = 0, version: int = 0) -> Task:
+    return Task(round=1, attempt=0, client=client, version=version)
+
+
+def step_to(x: payload.Flat, version: int = 1, **changes: Any) -> tuple[Step, memoryview]:
+    value = payload.Dense(x)
+    step = Step(version=version, round=1, digest=digest(x), payload=payload.spec_of(value))
+    return msgspec.structs.replace(step, **changes), payload.encode(value)
+
+
+def test_update_says_what_it_cost_and_comes_out_the_same_again(csv: Path) -> None:
+    w = worker(csv)
+    ready = told(w.ready(), Ready)
+    assert [cost.phase for cost in ready.costs] == ["load", "inference"]
+    first, second = w.run(task(), None), w.run(task(), None)
+    update = told(first, Update)
+    assert (update.client, update.examples) == (0, 8)
+    assert [cost.phase for cost in update.costs] == ["train", "encode"]
+    assert first is not None
+    assert second is not None
+    assert first.data == second.data  # nothing of the first run was left in the model
+    other = w.run(task(client=1), None)
+    assert other is not None
+    assert other.data != first.data
+
+
+def test_a_diverged_client_fails_its_task_and_its_costs_do_not_leak(csv: Path) -> None:
+    w = worker(csv, local={"kind": "sgd", "lr": 1e6}, steps=30)
+    w.ready()
+    failed = told(w.run(task(), None), Failed)
+    assert "not finite" in failed.reason
+    again = told(w.run(task(), None), Failed)
+    assert again.reason == failed.reason
+
+
+def test_a_step_is_applied_when_its_digest_agrees_and_refused_when_not(csv: Path) -> None:
+    w = worker(csv)
+    x = w.x + np.float32(0.5)
+    assert w.run(*step_to(x)) is None
+    assert w.version == 1
+    np.testing.assert_array_equal(w.x, x)
+    bad = told(w.run(*step_to(x + np.float32(1), 2, digest=bytes(16))), Sync)
+    assert (bad.version, "digest" in bad.reason) == (1, True)
+    np.testing.assert_array_equal(w.x, x)
+
+
+def test_a_task_for_parameters_that_are_not_here_asks_for_them_once(csv: Path) -> None:
+    w = worker(csv)
+    assert told(w.run(task(version=3), None), Sync).version == 0
+    assert w.run(task(version=3), None) is None  # it is on its way
+    assert w.run(*step_to(w.x, 3, snapshot=True)) is None
+    told(w.run(task(version=3), None), Update)
+    told(w.run(task(version=4), None), Sync)  # applied since: it may ask again
+
+
+def test_a_gap_between_relative_steps_and_a_wrong_kind_ask_for_a_snapshot(csv: Path) -> None:
+    w = worker(csv, method="spry", steps=1)
+    assert "does not follow" in told(w.run(*step_to(w.x, 2)), Sync).reason
+    assert w.run(*step_to(w.x, 2, snapshot=True)) is None
+    scalars = payload.Scalars((payload.Run(0, 1),), np.ones(1, np.float32))
+    step = Step(version=3, round=3, digest=bytes(16), payload=payload.spec_of(scalars))
+    assert "does not apply" in told(w.run(step, payload.encode(scalars)), Sync).reason
+    assert w.version == 2
+
+
+def test_an_evaluation_scores_the_version_asked_for_and_exports_after_the_last(
+    csv: Path, tmp_path: Path
+) -> None:
+    w = worker(csv, setup=Setup((), evaluates=True, export=tmp_path / "model"))
+    ready = w.ready()
+    assert told(ready, Ready).tensors
+    score = told(w.run(Evaluate(version=0), None), Score)
+    assert (score.examples, 0 <= score.metric <= 1) == (8, True)
+    assert not (tmp_path / "model").exists()
+    told(w.run(Evaluate(version=0, last=True), None), Score)
+    assert (tmp_path / "model" / "adapter_model.safetensors").exists()
+    assert isinstance(w._trained.model, PeftModel)
+
+
+def test_a_model_that_scores_no_number_is_still_scored(csv: Path) -> None:
+    w = worker(csv, setup=Setup((), evaluates=True))
+    w.ready()
+    huge = np.full_like(w.x, 3e38)
+    assert w.run(*step_to(huge)) is None
+    assert told(w.run(Evaluate(version=1), None), Score).loss == MAX_LOSS
