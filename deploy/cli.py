@@ -19,13 +19,17 @@ INTERRUPTED = 130
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM ends us as Ctrl-C does, so that what we started is ended too."""
+    """SIGTERM ends us as Ctrl-C does, so that what we started is ended too.
+
+    SIGINT is set as well: a shell starts its background jobs with it ignored.
+    """
 
     def stop(number: int, frame: object) -> None:
         del number, frame
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         yield
     except KeyboardInterrupt:
