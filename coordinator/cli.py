@@ -61,7 +61,8 @@ def report(
         reports.write(curves, out, title)
         console = Console()
         console.print(reports.table(curves, title))
-        console.print(f"{out}/comparison.html  {out}/comparison.png", highlight=False)
+        for name in ("comparison.html", "comparison.png"):
+            console.print(out / name, soft_wrap=True, highlight=False)
 
 
 def main() -> None:

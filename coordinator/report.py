@@ -15,15 +15,23 @@ import matplotlib as mpl
 from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 from coordinator.view import human_bytes
 from protocol.errors import ExperimentError
 
-COLUMNS = (
-    "method", "trained", "accuracy", "loss", "up / client·round", "down / client·round",
-    "all bytes", "peak memory", "over inference", "seconds",
-)  # fmt: skip
+MEASURES = (
+    "trained",
+    "accuracy, %",
+    "loss",
+    "up per update",
+    "down per update",
+    "bytes in all",
+    "peak memory",
+    "over inference",
+    "seconds",
+)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 
 
@@ -53,19 +61,14 @@ def read(directory: Path) -> Curve:
     return Curve(summary, [p for p in map(json.loads, lines) if "metric" in p])
 
 
-def rows(curves: list[Curve]) -> list[tuple[str, ...]]:
-    """One row of text per run, in the order of ``COLUMNS``."""
-    return [_row(curve.summary) for curve in curves]
-
-
-def _row(s: dict[str, Any]) -> tuple[str, ...]:
+def measures(s: dict[str, Any]) -> tuple[str, ...]:
+    """A summary as text, in the order of ``MEASURES``."""
     per, memory = s["bytes"]["per_client_round"], s["memory_bytes"]
     over = memory["over_inference"]
     return (
-        s["run"],
         f"{s['trained_parameters']:,}",
-        f"{s['metric']['before']:.1%} → {s['metric']['after']:.1%}",
-        f"{s['loss']['before']:.3f} → {s['loss']['after']:.3f}",
+        f"{100 * s['metric']['before']:.1f}→{100 * s['metric']['after']:.1f}",
+        f"{s['loss']['before']:.3f}→{s['loss']['after']:.3f}",
         human_bytes(per["message_up"]),
         human_bytes(per["message_down"]),
         human_bytes(s["bytes"]["message_up"] + s["bytes"]["message_down"]),
@@ -76,13 +79,16 @@ def _row(s: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table(curves: list[Curve], title: str) -> Table:
-    """The comparison for a terminal."""
-    out = Table(title=title, title_justify="left", header_style="bold", padding=(0, 1))
-    for column in COLUMNS:
-        right = column not in ("method", "accuracy", "loss")
-        out.add_column(column, justify="right" if right else "left")
-    for row in rows(curves):
-        out.add_row(*row)
+    """The comparison for a terminal: a column per run, so that four fit into 80 places."""
+    out = Table(
+        title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    out.add_column("", no_wrap=True)
+    for curve in curves:
+        out.add_column(curve.label, justify="right")
+    columns = [measures(curve.summary) for curve in curves]
+    for name, *cells in zip(MEASURES, *columns, strict=True):
+        out.add_row(name, *cells)
     return out
 
 
@@ -122,7 +128,7 @@ def _bars(axes: Axes, curves: list[Curve]) -> None:
     axes.barh(labels, over, left=base, color=_colours(len(curves)))
     for row, (peak, extra) in enumerate(zip(peaks, over, strict=True)):
         axes.text(peak, row, f" +{1000 * extra:.0f} MB", va="center", fontsize=8)
-    axes.set(xlabel="peak resident memory of a node, GB (grey: one inference batch)")
+    axes.set(xlabel="peak memory of a node, GB; grey: inference")
     axes.set_xlim(0, 1.18 * max([*peaks, 0.001]))
     axes.invert_yaxis()
 
@@ -144,10 +150,10 @@ def write(curves: list[Curve], out: Path, title: str) -> None:
     )
     page = environment.get_template("report.html").render(
         title=title,
-        columns=COLUMNS,
-        rows=rows(curves),
+        measures=MEASURES,
+        runs=[(curve.label, measures(curve.summary)) for curve in curves],
         picture=picture,
         summaries=summaries,
-        alt="; ".join(f"{r[0]}: accuracy {r[2]}, {r[6]}, {r[9]} s" for r in rows(curves)),
+        alt="; ".join(f"{c.label}: accuracy {measures(c.summary)[1]}" for c in curves),
     )
     (out / "comparison.html").write_text(page)
