@@ -12,29 +12,20 @@ generator, so every node starts from the same bits.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.utils
 import peft as peft_library
 import torch
-import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from node import base as base_models
 from node import shapes, sources
 from protocol.errors import ModelError
 from protocol.experiment import Data, Model, Peft
 from protocol.messages import TensorInfo
-
-# These two are typed in part only.
-hub: Any = huggingface_hub.utils
-logging: Any = transformers.utils.logging
 
 
 @dataclass
@@ -66,7 +57,7 @@ class TrainedModel:
         A peft adapter (LoRA and head) for LoRA, else the whole model.  A head trained
         over a bf16 base is stored in fp32; load it with ``dtype=torch.float32``.
         """
-        with _quiet():
+        with base_models.quiet():
             if isinstance(self.model, peft_library.PeftModel):
                 # "auto" would ask the hub whether the embedding was resized.
                 self.model.save_pretrained(str(directory), save_embedding_layers=False)
@@ -92,9 +83,9 @@ def load(
     options: dict[str, Any] = {"dtype": torch.bfloat16 if is_half else torch.float32}
     if jvp:
         options["attn_implementation"] = "eager"
-    with _quiet():
-        base, tokenizer, fresh = _base(model.id, data.task, num_classes, options)
-        _check_length(model.id, base, data.max_length)
+    with base_models.quiet():
+        base, tokenizer, fresh = base_models.load(model.id, data.task, num_classes, options)
+        base_models.check_length(model.id, base, data.max_length)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         base.config.pad_token_id = tokenizer.pad_token_id
@@ -118,88 +109,6 @@ def load(
         for name, p in zip(names, parameters, strict=True)
     )
     return TrainedModel(whole, tokenizer, infos, parameters, names)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no chatter from the libraries; errors reach the user as exceptions."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    hub_level = hub.logging.get_verbosity()
-    hub_bars = not hub.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub.logging.set_verbosity_error()
-    hub.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            # peft and transformers deprecate each other's names, which a user cannot mend.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        hub.logging.set_verbosity(hub_level)
-        if bars:
-            logging.enable_progress_bar()
-        if hub_bars:
-            hub.enable_progress_bars()
-
-
-# The base
-
-
-def _base(
-    model_id: str, task: str, num_classes: int, options: dict[str, Any]
-) -> tuple[Any, Any, set[str]]:
-    """The model, its tokenizer, and the tensors that are still to get a first value."""
-    auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
-    labels = {"num_labels": num_classes} if task == "classify" else {}
-    if model_id.startswith("random:"):
-        base, tokenizer = shapes.build(model_id, auto, labels, options)
-        fresh = {n for n, _ in base.named_parameters() if labels and _is_head(base, n)}
-        return base, tokenizer, fresh
-    path = sources.resolve_model(model_id)
-    if isinstance(path, Path):
-        path = sources.converted(path) if path.suffix == ".gguf" else path
-    try:
-        tokenizer = _from_cache_first(transformers.AutoTokenizer, path, {})
-        base, report = _from_cache_first(
-            auto, path, options | labels | {"output_loading_info": True}
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        where = "" if isinstance(path, Path) else " (no such directory, nor to be had from the hub)"
-        why = sources.first_line(error)
-        raise ModelError(f"cannot load model {model_id}{where}: {why}") from error
-    fresh = set(report["missing_keys"])
-    # Only a classifier, and the pooler under it, may start without weights.
-    may_be_new = {n for n in fresh if labels and (_is_head(base, n) or ".pooler." in n)}
-    if inside := fresh - may_be_new:
-        raise ModelError(f"{model_id} is not made for this task: it lacks {min(inside)}")
-    return base, tokenizer, fresh
-
-
-def _from_cache_first(auto: Any, path: Path | str, options: dict[str, Any]) -> Any:
-    """Without a network the hub's client retries for most of a minute; so ask it last."""
-    try:
-        return auto.from_pretrained(str(path), local_files_only=True, **options)
-    except OSError:
-        if isinstance(path, Path):
-            raise
-        return auto.from_pretrained(path, **options)
-
-
-def _is_head(base: Any, name: str) -> bool:
-    return not name.startswith(f"{base.base_model_prefix}.")
-
-
-def _check_length(model_id: str, base: Any, max_length: int) -> None:
-    positions = getattr(base.config, "max_position_embeddings", None)
-    if positions is not None and base.config.model_type in ("roberta", "xlm-roberta"):
-        positions -= 2  # its first two rows stand for padding
-    if positions is not None and max_length > positions:
-        raise ModelError(f"data.max_length {max_length}: {model_id} has {positions} positions")
-
-
-# The trained part
 
 
 def _head(base: Any, fresh: set[str]) -> list[str]:
