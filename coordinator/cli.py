@@ -62,7 +62,7 @@ def report(
         console = Console()
         console.print(reports.table(curves, title))
         for name in ("comparison.html", "comparison.png"):
-            console.print(out / name, soft_wrap=True, highlight=False)
+            console.print(str(out / name), soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -28,13 +28,14 @@ from protocol.messages import (
     Refuse,
     ToCoordinator,
     ToNode,
-    Update,
     to_coordinator,
     to_node,
 )
 from protocol.wire import Frame, RemoteProtocolError, VersionError
 
 log = logging.getLogger(__name__)
+
+MAX_PARAMETER_BYTES = 1 << 36  # what an evaluator may bring
 
 
 class Transport(Protocol):
@@ -82,7 +83,8 @@ class Desk:
         now: a monotonic clock.
 
     Attributes:
-        max_payload_bytes: a larger payload is a breach; set once the parameters are known.
+        max_payload_bytes: a larger one of a training node is a breach; 0 until the
+            parameters are known.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Desk:
     ) -> None:
         self.roster = roster
         self.meter = meter.Meter()
-        self.max_payload_bytes = 1 << 36
+        self.max_payload_bytes = 0
         self._transport, self._nodes, self._now = transport, nodes, now
         self._outbox, self._inbox = Outbox(), Inbox[Carrier]()
         self._offered: dict[tuple[int, bool], int] = {}  # version, snapshot -> blob
@@ -118,7 +120,7 @@ class Desk:
         except VersionError as error:
             reason = f"{error}: install the same seedwire on both"
             self._refuse(peer, Refuse(code="version", reason=reason))
-        except RemoteProtocolError as error:
+        except (RemoteProtocolError, MemoryError) as error:
             yield Breach(self.roster.at(peer), str(error))
 
     def _login(self, peer: bytes, hello: Hello, frames: list[bytes]) -> Iterator[Arrival]:
@@ -150,11 +152,14 @@ class Desk:
                 pulls, arrived = self._inbox.take(member.peer, message, buffer)
                 for pull in pulls:
                     self.send(member, pull)
-                if arrived is not None and arrived.data is not None:
+                if arrived is not None and arrived.data is None:
+                    raise RemoteProtocolError(f"blob {message.blob} is gone")
+                if arrived is not None:
                     yield Delivered(member, arrived.item, arrived.data)  # type: ignore[arg-type]
             case Carrier(payload=payload, blob=int(blob)) if payload is not None:
-                is_allowed = isinstance(message, Update) or not member.trains
-                if payload.nbytes > self.max_payload_bytes or not is_allowed:
+                limit = self.max_payload_bytes if member.trains else MAX_PARAMETER_BYTES
+                is_flood = self._inbox.count(member.peer) > len(member.hello.clients)
+                if payload.nbytes > limit or is_flood:
                     raise RemoteProtocolError(f"a payload of {payload.nbytes} bytes")
                 for pull in self._inbox.open(member.peer, blob, payload.nbytes, message):
                     self.send(member, pull)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,11 @@ class Evaluator:
     def _start(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
             return subprocess.Popen(  # noqa: S603
-                self._command, stdout=log, stderr=log, stdin=subprocess.PIPE
+                self._command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.PIPE,
+                env=os.environ | {"PYTHONSAFEPATH": "1"},  # a "node" in here must not shadow ours
             )
 
     @property

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 
 from protocol.messages import Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Kept:
     """A step as it goes out; ``data`` is its payload's buffer."""
 
     message: Step
     data: memoryview
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """What it costs to send: of a few scalars the body is the larger part."""
         return len(msgspec.msgpack.encode(self.message)) + len(self.data)

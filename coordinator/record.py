@@ -25,7 +25,10 @@ from protocol.messages import Score, Update
 from protocol.meter import Meter
 
 SUMMARY_VERSION = 1
-PACKAGES = ("seedwire", "torch", "transformers", "peft", "pyzmq", "msgpack", "msgspec", "numpy")
+PACKAGES = (
+    *("seedwire", "torch", "transformers", "tokenizers", "peft", "safetensors", "datasets"),
+    *("flwr-datasets", "pyarrow", "pyzmq", "msgpack", "msgspec", "numpy"),
+)
 
 
 @dataclass

@@ -123,12 +123,12 @@ def _bars(axes: Axes, curves: list[Curve]) -> None:
     labels = [curve.label for curve in curves]
     peaks = [curve.summary["memory_bytes"].get("train", 0) / 1e9 for curve in curves]
     over = [(curve.summary["memory_bytes"]["over_inference"] or 0) / 1e9 for curve in curves]
-    base = [peak - extra for peak, extra in zip(peaks, over, strict=True)]
+    base = [max(0.0, peak - extra) for peak, extra in zip(peaks, over, strict=True)]
     axes.barh(labels, base, color="#BBBBBB", label="inference")
     axes.barh(labels, over, left=base, color=_colours(len(curves)))
     for row, (peak, extra) in enumerate(zip(peaks, over, strict=True)):
         axes.text(peak, row, f" +{1000 * extra:.0f} MB", va="center", fontsize=8)
-    axes.set(xlabel="peak memory of a node, GB; grey: inference")
+    axes.set(xlabel="peak memory of a node, GB; colour: over inference")
     axes.set_xlim(0, 1.18 * max([*peaks, 0.001]))
     axes.invert_yaxis()
 

@@ -57,6 +57,10 @@ class Roster:
             if theirs != ours:
                 reason = f"node {hello.node} has {what} {theirs}, the coordinator has {ours}"
                 return Refuse(code="version", reason=f"{reason}: install the same version")
+        holder = self._by_name.get(hello.node)
+        if holder is not None and holder.hello.role != hello.role:
+            reason = f"the name {hello.node} belongs to a node of another role"
+            return Refuse(code="clients", reason=reason)
         if hello.role == "evaluate":
             others = (m.name for m in self if not m.trains and m.name != hello.node)
             if (evaluator := next(others, None)) is not None:

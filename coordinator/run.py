@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -86,7 +87,10 @@ def run(experiment: Experiment, place: Place, console: Console) -> dict[str, Any
         _log_to(directory / "logs" / "coordinator.log")
         recorder = RunRecorder(directory, experiment)
         settings = Settings(
-            directory.name, metadata.version("seedwire"), experiment, policy(experiment)
+            f"{directory.name}/{secrets.token_hex(4)}",
+            metadata.version("seedwire"),
+            experiment,
+            policy(experiment),
         )
         server = Server(settings, router, recorder, time.monotonic)
         recorder.meter = server.desk.meter
@@ -101,6 +105,7 @@ def run(experiment: Experiment, place: Place, console: Console) -> dict[str, Any
             f"{directory.name}: listening on {router.endpoint}, results in {directory}",
             soft_wrap=True,
             highlight=False,
+            markup=False,
         )
         evaluator = Evaluator(router.endpoint, directory) if place.starts_evaluator else None
         reason = "the coordinator stopped"
@@ -116,7 +121,7 @@ def run(experiment: Experiment, place: Place, console: Console) -> dict[str, Any
             assert server.central is not None  # noqa: S101 - rounds were run on it
             summary = recorder.finish(server.central, failure)
         finally:
-            server.desk.dismiss(reason, finished=True)
+            server.desk.dismiss(reason[:500], finished=True)
             recorder.close()
             if evaluator is not None:
                 evaluator.stop()

@@ -171,6 +171,8 @@ class Server:
             case Update():
                 yield self._update(member, message, data)
             case Failed(client=client, reason=reason):
+                if client not in member.hello.clients:
+                    raise RemoteProtocolError(f"a failure of client {client}, not hosted there")
                 log.warning("client %d on %s failed: %s", client, member.name, reason)
                 self._recorder.rejected(f"task failed: {reason}")
                 yield TaskFailed(self.now(), client, message.round, message.attempt, reason)

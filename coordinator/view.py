@@ -159,7 +159,7 @@ class View:
                 for way in ("up", "down")
             }
             clients = _spans(member.hello.clients) if member.trains else "evaluator"
-            table.add_row(
+            cells = [
                 member.name,
                 *([member.hello.host] if wide else []),
                 clients,
@@ -167,7 +167,8 @@ class View:
                 human_bytes(peak) if peak else "-",
                 human_bytes(sums["up"]),
                 human_bytes(sums["down"]),
-            )
+            ]
+            table.add_row(*map(Text, cells))  # as text: what a node says is not markup
         return table
 
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.1
+MAX_RESTARTS = 3  # of one node that is killed
 FAILED = 8  # the exit code of a run that could not go on, as in docs/errors.md
 
 Say = Callable[[str], None]
@@ -41,11 +43,19 @@ class Plan:
 
 
 @dataclass
+class Node:
+    """A node's process, and the clients it hosts."""
+
+    clients: str
+    process: subprocess.Popen[bytes]
+
+
+@dataclass
 class Cluster:
     """The processes of one run."""
 
     coordinator: subprocess.Popen[bytes]
-    nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
 
 
 def run(plan: Plan, say: Say) -> int:
@@ -63,13 +73,14 @@ def run(plan: Plan, say: Say) -> int:
         if announced is None:
             return cluster.coordinator.wait()
         for name, clients in _deal(announced["clients"], plan.nodes).items():
-            cluster.nodes[name] = _start_node(plan, name, clients, announced["endpoint"])
-        pids = {name: process.pid for name, process in cluster.nodes.items()}
+            process = _start_node(plan, name, clients, announced["endpoint"])
+            cluster.nodes[name] = Node(clients, process)
+        pids = {name: node.process.pid for name, node in cluster.nodes.items()}
         pids = {"coordinator": cluster.coordinator.pid, **pids}
         (plan.directory / "pids.json").write_text(json.dumps(pids, indent=2) + "\n")
-        return _follow(cluster, plan.directory, say)
+        return _follow(cluster, plan, announced["endpoint"], say)
     finally:
-        stop([cluster.coordinator, *cluster.nodes.values()])
+        stop([cluster.coordinator, *(node.process for node in cluster.nodes.values())])
 
 
 def _start(arguments: list[str], log: Path | None) -> subprocess.Popen[bytes]:
@@ -118,18 +129,31 @@ def _deal(clients: int, nodes: int) -> dict[str, str]:
     return {f"node-{i}": f"{a}-{b - 1}" for i, (a, b) in enumerate(spans)}
 
 
-def _follow(cluster: Cluster, directory: Path, say: Say) -> int:
-    """Wait for the coordinator; report nodes that end early, and stop if none is left."""
-    ended: dict[str, int] = {}
+def _follow(cluster: Cluster, plan: Plan, endpoint: str, say: Say) -> int:
+    """Wait for the coordinator, and look after the nodes.
+
+    One that was killed is started again, a few times; one that gave up by itself, e.g.
+    for want of its model, ends the run.
+    """
+    restarts: Counter[str] = Counter()
+    left: set[str] = set()
     while cluster.coordinator.poll() is None:
-        for name, process in cluster.nodes.items():
-            if name not in ended and (code := process.poll()) is not None:
-                ended[name] = code
-                if code:
-                    say(f"{name} {_how(code)}: {_last_line(_log(directory, name))}")
-        if len(ended) == len(cluster.nodes) and _outlives(cluster.coordinator):
-            say("no node is left; stopping")
-            return next((code for code in ended.values() if code > 0), FAILED)
+        for name, node in cluster.nodes.items():
+            code = node.process.poll()
+            if code is None or name in left:
+                continue
+            if code == 0:
+                left.add(name)
+            elif code > 0 or restarts[name] == MAX_RESTARTS:
+                say(f"{name} {_how(code)}: {_last_line(_log(plan.directory, name))}")
+                return code if code > 0 else FAILED
+            else:
+                restarts[name] += 1
+                say(f"{name} {_how(code)}; starting it again")
+                node.process = _start_node(plan, name, node.clients, endpoint)
+        if len(left) == len(cluster.nodes) and _outlives(cluster.coordinator):
+            say("every node has left; stopping")
+            return FAILED
         time.sleep(POLL_SECONDS)
     return cluster.coordinator.returncode
 

@@ -81,5 +81,5 @@ def wants_dense(space: ParamSpace, units: tuple[int, ...], payload: Payload) -> 
     if not isinstance(payload, Dense) or payload.units != units:
         return "want a dense payload of the assigned units"
     if len(payload.values) != space.count(units):
-        return f"{len(payload.values)} values, want {space.count(units)}"
+        return f"another size: {len(payload.values)} values, want {space.count(units)}"
     return None

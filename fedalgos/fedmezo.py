@@ -76,7 +76,7 @@ def fedmezo(o: FedMezo, space: ParamSpace, seed: int) -> Method[None]:
         if run.client != assignment.client or run.scale != 1.0:
             return "a run of another client or scale"
         if o.steps and run.count != o.steps:
-            return f"{run.count} scalars, want {o.steps}"
+            return f"another size: {run.count} scalars, want {o.steps}"
         return None
 
     def aggregate(

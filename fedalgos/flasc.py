@@ -83,7 +83,7 @@ def flasc(o: Flasc, space: ParamSpace) -> Method[State]:
         if not isinstance(payload, Sparse) or payload.size != space.size:
             return f"want a sparse payload of size {space.size}"
         if len(payload.places) != k_up:
-            return f"{len(payload.places)} entries, want {k_up}"
+            return f"another size: {len(payload.places)} entries, want {k_up}"
         return None
 
     def aggregate(

@@ -60,7 +60,7 @@ def load(
     try:
         tokenizer = _from_cache_first(transformers.AutoTokenizer, path, {})
         base, report = _from_cache_first(
-            auto, path, options | labels | {"output_loading_info": True}
+            auto, path, options | labels | {"output_loading_info": True, "use_safetensors": True}
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         where = "" if isinstance(path, Path) else " (no such directory, nor to be had from the hub)"

@@ -80,6 +80,7 @@ class Engine:
         self._jobs: queue.SimpleQueue[tuple[Message, Frame | None] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome | Exception] = queue.SimpleQueue()
         self._tasks: set[tuple[int, int, int]] = set()
+        self._newest = (0, 0)  # round and attempt; older tasks are not worth starting
         arguments = (experiment, setup, wake, make)
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self._thread.start()
@@ -91,6 +92,7 @@ class Engine:
             if place in self._tasks:
                 return
             self._tasks.add(place)
+            self._newest = max(self._newest, place[:2])
         self._jobs.put((message, data))
 
     def take(self) -> list[Outcome]:
@@ -127,6 +129,8 @@ class Engine:
             self._put(first, first, wake)
             while (job := self._jobs.get()) is not None:
                 message, data = job
+                if self._is_over(message):
+                    continue
                 self.busy = _describe(message)
                 outcome = worker.run(message, data)
                 if isinstance(message, Task):
@@ -135,6 +139,13 @@ class Engine:
         except Exception as error:
             self._outcomes.put(error)
             wake()
+
+    def _is_over(self, message: Message) -> bool:
+        """Whether a task's round or attempt has been followed by another since."""
+        if not isinstance(message, Task) or (message.round, message.attempt) >= self._newest:
+            return False
+        self._tasks.discard((message.round, message.attempt, message.client))
+        return True
 
     def _put(self, ready: Outcome, outcome: Outcome | None, wake: Callable[[], None]) -> None:
         self.ready, self.busy = ready, ""

@@ -23,26 +23,26 @@ class Phases:
     """Collects one ``Cost`` per phase.
 
     Args:
-        cuda: measure the device's peak too, by torch's allocator.
+        device: where the model is; a CUDA device's peak is torch's allocator's.
     """
 
-    def __init__(self, cuda: bool = False) -> None:
-        self._cuda = cuda
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._costs: list[Cost] = []
 
     @contextmanager
     def __call__(self, phase: Phase) -> Iterator[None]:
         """Measure what runs inside; phases do not nest."""
-        has_peak, device = _reset_peak(), _torch_cuda() if self._cuda else None
+        has_peak, device = _reset_peak(), _torch_cuda() if self._device.startswith("cuda") else None
         if device is not None:
-            device.reset_peak_memory_stats()
+            device.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - start
             rss = _peak_bytes() if has_peak else None
-            cuda = int(device.max_memory_allocated()) if device is not None else None
+            cuda = int(device.max_memory_allocated(self._device)) if device is not None else None
             self._costs.append(Cost(phase, seconds, rss, cuda))
 
     def take(self) -> tuple[Cost, ...]:

@@ -92,6 +92,7 @@ class Session:
             role="evaluate" if setup.evaluates else "train",
             host=platform.node(),
             pid=os.getpid(),
+            login=time.time_ns() // 1_000_000,  # past any of an earlier process, even of our pid
         )
         self._dealer = Dealer(endpoint)
         self._nodes = Nodes()
@@ -194,9 +195,10 @@ class Session:
             case Welcome():
                 self._welcome(message)
             case Refuse(code="login"):
-                self._is_in = False
-                self._forget_transfers()
-                self._log_in()
+                if self._is_in:  # else it answers what was sent before the last login
+                    self._is_in = False
+                    self._forget_transfers()
+                    self._log_in()
             case Refuse(reason=reason):
                 raise RefusedError(reason)
             case Step() | Task() | Evaluate():
@@ -204,8 +206,7 @@ class Session:
             case Chunk():
                 self._chunk(message, buffer)
             case Pull():
-                chunk, data = self._outbox.answer(message)
-                self._send(chunk, data)
+                self._answer(message)
             case Reject(client=client, round=number, reason=reason):
                 log.warning("update of client %d, round %d rejected: %s", client, number, reason)
             case Bye(finished=finished, reason=reason):
@@ -229,9 +230,14 @@ class Session:
     def _queue(self, message: Step | Task | Evaluate, buffer: Frame | None) -> None:
         job = _Job(message, buffer)
         if isinstance(message, Step) and message.blob is not None and message.payload is not None:
-            job.is_whole = False
             nbytes = message.payload.nbytes
-            for pull in self._inbox.open(COORDINATOR, message.blob, nbytes, job):
+            try:
+                pulls = self._inbox.open(COORDINATOR, message.blob, nbytes, job)
+            except RemoteProtocolError as error:
+                log.warning("dropped a step: %s", error)
+                return
+            job.is_whole = False
+            for pull in pulls:
                 self._send(pull)
         self._jobs.append(job)
         self._flush()
@@ -247,6 +253,12 @@ class Session:
         if arrived is not None:
             arrived.item.data, arrived.item.is_whole = arrived.data, True
             self._flush()
+
+    def _answer(self, pull: Pull) -> None:
+        try:
+            self._send(*self._outbox.answer(pull))
+        except RemoteProtocolError as error:
+            log.warning("dropped a pull: %s", error)
 
     def _flush(self) -> None:
         """Hand on what is whole, in the order received: a step before the task that needs it."""

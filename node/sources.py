@@ -14,7 +14,7 @@ from node.packages import Package
 from protocol.errors import DataError, ModelError, SeedwireError
 
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".tab")
-MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")
+MODEL_SUFFIXES = (".gguf", ".safetensors")
 
 
 @dataclass(frozen=True)

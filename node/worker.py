@@ -57,7 +57,7 @@ class Worker:
         if setup.threads:
             torch.set_num_threads(setup.threads)
         self._experiment, self._setup = experiment, setup
-        self._phases = Phases(cuda=setup.device.startswith("cuda"))
+        self._phases = Phases(setup.device)
         self.settings = registry.settings(experiment.method)
         with self._phases("load"):
             shards = data.load(experiment.data, experiment.partition, setup.clients)
@@ -113,9 +113,11 @@ class Worker:
                 raise TypeError(f"not a job: {message}")
 
     def _apply(self, step: Step, buffer: Frame | None) -> Outcome | None:
-        if step.version <= self.version and not step.snapshot:
-            return None  # sent twice
         replaces = step.snapshot or self._method.absolute
+        if replaces:
+            self._is_syncing = False  # the answer to the last sync: if it fails, ask again
+        elif step.version <= self.version:
+            return None  # sent twice
         if not replaces and step.version != self.version + 1:
             return self._sync(f"version {step.version} does not follow {self.version}")
         if step.payload is None or buffer is None:

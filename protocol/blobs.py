@@ -86,9 +86,19 @@ class Inbox(Generic[T]):
         self._arriving: dict[tuple[Peer, int], _Arriving[T]] = {}
 
     def open(self, peer: Peer, blob: int, nbytes: int, item: T) -> list[Pull]:
-        """Start a transfer; the caller has checked that ``nbytes`` is what it expects."""
+        """Start a transfer; the caller has checked that ``nbytes`` is what it expects.
+
+        Raises:
+            RemoteProtocolError: an empty blob, which no pull could complete.
+        """
+        if nbytes == 0:
+            raise RemoteProtocolError(f"blob {blob} is empty")
         self._arriving[peer, blob] = arriving = _Arriving(item, self._allocate(nbytes))
         return self._ask(blob, arriving)
+
+    def count(self, peer: Peer) -> int:
+        """How many transfers from a peer are under way."""
+        return sum(key[0] == peer for key in self._arriving)
 
     def expects(self, peer: Peer, blob: int) -> T | None:
         """The item a chunk of this blob would be for."""

@@ -106,11 +106,11 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     node: NodeName
     software: Text  # must equal the coordinator's: the methods are part of the contract
     stream: Text  # the noise stream, see docs/noise.md
-    clients: tuple[ClientId, ...] = ()
+    clients: Annotated[tuple[ClientId, ...], Meta(max_length=wire.MAX_ARRAY)] = ()
     role: Literal["train", "evaluate"] = "train"
     host: Text = ""
     pid: Size = 0
-    login: Size = 0  # counts up within a process: a Hello that was overtaken is not obeyed
+    login: Version = 0  # counts up within a process: a Hello that was overtaken is not obeyed
 
 
 class Ready(Carrier, frozen=True, kw_only=True, tag="ready"):
@@ -119,7 +119,7 @@ class Ready(Carrier, frozen=True, kw_only=True, tag="ready"):
     version: Version
     digest: Digest
     space: Digest
-    tensors: tuple[TensorInfo, ...] = ()
+    tensors: Annotated[tuple[TensorInfo, ...], Meta(max_length=wire.MAX_ARRAY)] = ()
     costs: tuple[Cost, ...] = ()
 
 
@@ -187,7 +187,9 @@ class Task(Message, frozen=True, kw_only=True, tag="task"):
     attempt: RoundNumber
     client: ClientId
     version: Version
-    units: tuple[Unit, ...] = ()  # what to train; empty means everything
+    units: Annotated[
+        tuple[Unit, ...], Meta(max_length=wire.MAX_ARRAY)
+    ] = ()  # what to train; empty means everything
 
 
 class Step(Carrier, frozen=True, kw_only=True, tag="step"):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
-from protocol.wire import RemoteProtocolError
+from protocol.wire import MAX_ARRAY, RemoteProtocolError
 
 Flat = npt.NDArray[np.float32]
 Size = Annotated[int, Meta(ge=0, le=1 << 40)]
@@ -36,7 +36,7 @@ class Run(Struct, frozen=True, array_like=True):
 class ScalarsSpec(Struct, frozen=True, tag="scalars", tag_field="kind"):
     """4 bytes each; the directions they belong to are implied by the run's seed."""
 
-    runs: tuple[Run, ...]
+    runs: Annotated[tuple[Run, ...], Meta(max_length=MAX_ARRAY)]
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +59,7 @@ class DenseSpec(Struct, frozen=True, tag="dense", tag_field="kind"):
     """``count`` values: all the trained parameters, or those of the ``units`` in order."""
 
     count: Size
-    units: tuple[Size, ...] = ()
+    units: Annotated[tuple[Size, ...], Meta(max_length=MAX_ARRAY)] = ()
 
     @property
     def nbytes(self) -> int:

@@ -26,6 +26,8 @@ def _configure(socket: zmq.Socket[bytes], ipv6: bool) -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES + MAX_INLINE_BYTES)
     socket.setsockopt(zmq.IPV6, ipv6)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.RCVHWM, 64)  # messages a peer can have waiting: bounds its memory here
+    socket.setsockopt(zmq.SNDHWM, 0)  # bounded by credit instead: nothing is dropped in a burst
 
 
 class Router:

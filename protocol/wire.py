@@ -15,6 +15,7 @@ VERSION = 1
 MAX_BODY_BYTES = 1 << 20
 MAX_INLINE_BYTES = 1 << 20  # a larger payload is pulled in chunks (protocol.blobs)
 MAX_FRAMES = 3
+MAX_ARRAY = 1 << 13  # items of one array in a body; nested headers cost memory before items do
 Frame = bytes | memoryview
 
 
@@ -83,7 +84,7 @@ def unpack(frames: Sequence[Frame], any_version: bool = False) -> tuple[Any, Seq
             strict_map_key=True,
             max_str_len=1 << 16,
             max_bin_len=1 << 10,
-            max_array_len=1 << 13,
+            max_array_len=MAX_ARRAY,
             max_map_len=1 << 10,
             max_ext_len=0,
             ext_hook=_no_extension,

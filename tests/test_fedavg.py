@@ -86,6 +86,6 @@ def test_wants_dense_says_why_not() -> None:
     space = space_of(2, 3)
     assert wants_dense(space, (1,), Dense(f32(1, 2, 3), (1,))) is None
     assert wants_dense(space, (), Dense(f32(1, 2, 3, 4, 5))) is None
-    assert wants_dense(space, (1,), Dense(f32(1, 2), (1,))) == "2 values, want 3"
+    assert wants_dense(space, (1,), Dense(f32(1, 2), (1,))) == "another size: 2 values, want 3"
     for other in (Dense(f32(1, 2, 3)), Dense(f32(1, 2), (0,)), Scalars((Run(0, 1),), f32(1))):
         assert wants_dense(space, (1,), other) == "want a dense payload of the assigned units"

@@ -145,7 +145,7 @@ def test_accepts() -> None:
     method = flasc(Flasc(density_up=0.5), space_of(4))
     a = Assignment(0)
     assert method.accepts(a, Sparse(4, np.array([0, 2]), f32(1, 2))) is None
-    assert method.accepts(a, Sparse(4, np.array([0]), f32(1))) == "1 entries, want 2"
+    assert method.accepts(a, Sparse(4, np.array([0]), f32(1))) == "another size: 1 entries, want 2"
     wrong = "want a sparse payload of size 4"
     assert method.accepts(a, Sparse(5, np.array([0, 2]), f32(1, 2))) == wrong
     assert method.accepts(a, Dense(f32(1, 2, 3, 4))) == wrong

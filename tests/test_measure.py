@@ -110,7 +110,7 @@ def test_the_peak_is_read_in_kibibytes(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_without_a_device_its_peak_is_absent() -> None:
-    phases = Phases(cuda=True)
+    phases = Phases("cuda:1")
     with phases("train"):
         pass
     assert phases.take()[0].cuda is None

@@ -183,7 +183,7 @@ def test_kill_9_of_a_node_mid_round_costs_that_node_and_no_more(
     experiment: Path, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
     directory = tmp_path / "killed"
-    overrides = ["rounds.count=3", "method.steps=150", "nodes.return_seconds=1.0"]
+    overrides = ["rounds.count=3", "method.steps=150", "nodes.return_seconds=0.5"]
     process = started(command(experiment, directory, *overrides))
     wait_for(lambda: bool(committed(directory)), "round 1 is committed")
     os.kill(pids(directory)["node-1"], signal.SIGKILL)  # round 2 has just been opened
@@ -193,10 +193,10 @@ def test_kill_9_of_a_node_mid_round_costs_that_node_and_no_more(
     assert [r["round"] for r in rounds] == [1, 2, 3]
     assert set(rounds[1]["missing"]) == {"2", "3"}  # node-1's clients
     assert "node-1" in rounds[1]["missing"]["2"]
-    assert "node-1 was killed by signal 9" in output
+    assert "node-1 was killed by signal 9; starting it again" in output
 
 
-def test_killed_node_that_comes_back_takes_part_again(
+def test_killed_node_that_is_waited_for_loses_nothing(
     experiment: Path, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
     directory = tmp_path / "back"
@@ -204,15 +204,32 @@ def test_killed_node_that_comes_back_takes_part_again(
     process = started(command(experiment, directory, *overrides))
     wait_for(lambda: bool(committed(directory)), "round 1 is committed")
     os.kill(pids(directory)["node-1"], signal.SIGKILL)
-    endpoint = json.loads((directory / "coordinator.json").read_text())["endpoint"]
-    line = [sys.executable, "-m", "node", "--coordinator", endpoint, "--name", "node-1"]
-    started([*line, "--clients", "2-3", "--threads", "1"])
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
     assert [r["missing"] for r in committed(directory)] == [{}, {}, {}]
     undisturbed = run(experiment, tmp_path / "calm", *overrides)
     disturbed = json.loads((directory / "summary.json").read_text())
     assert disturbed["digest"] == undisturbed["digest"]
+
+
+def test_sigterm_makes_a_node_leave_cleanly_and_the_coordinator_knows_why(
+    experiment: Path, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    directory = tmp_path / "left"
+    line = [sys.executable, "-m", "coordinator", "--experiment", str(experiment)]
+    started([*line, "--bind", "tcp://127.0.0.1:*", "--directory", str(directory), "--no-evaluator"])
+    wait_for((directory / "coordinator.json").exists, "the coordinator listens")
+    endpoint = json.loads((directory / "coordinator.json").read_text())["endpoint"]
+    line = [sys.executable, "-m", "node", "--coordinator", endpoint, "--clients", "0-1"]
+    node = started([*line, "--name", "pi", "--threads", "1"])
+    events = directory / "events.jsonl"
+    wait_for(lambda: any(e["event"] == "NodeReady" for e in lines(events)), "the node is ready")
+    node.send_signal(signal.SIGTERM)
+    node.communicate(timeout=PATIENCE_SECONDS)
+    assert node.returncode == 0
+    wait_for(lambda: any(e["event"] == "NodeLost" for e in lines(events)), "it has left")
+    (lost,) = (e for e in lines(events) if e["event"] == "NodeLost")
+    assert (lost["node"], lost["reason"]) == ("pi", "stopped on this side")
 
 
 def committed(directory: Path) -> list[dict[str, Any]]:

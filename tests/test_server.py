@@ -404,7 +404,7 @@ def test_a_nan_update_is_rejected_with_a_reason_counted_and_its_node_told(make: 
 
 @pytest.mark.parametrize(
     ("value", "why"),
-    [(np.zeros(3, np.float32), "3 values, want 16"), (None, "no payload")],
+    [(np.zeros(3, np.float32), "another size: 3 values, want 16"), (None, "no payload")],
 )
 def test_an_update_that_cannot_be_an_answer_is_a_fault(
     make: Make, value: Flat | None, why: str

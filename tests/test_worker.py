@@ -136,3 +136,20 @@ def test_a_model_that_scores_no_number_is_still_scored(csv: Path) -> None:
     huge = np.full_like(w.x, 3e38)
     assert w.run(*step_to(huge)) is None
     assert told(w.run(Evaluate(version=1), None), Score).loss == MAX_LOSS
+
+
+def test_a_snapshot_that_fails_too_is_asked_for_again(csv: Path) -> None:
+    w = worker(csv, method="spry", steps=1)
+    told(w.run(*step_to(w.x, 2)), Sync)
+    step, _ = step_to(w.x, 2, snapshot=True)
+    assert "without its payload" in told(w.run(step, None), Sync).reason  # it was gone
+    assert w.run(*step_to(w.x, 2, snapshot=True)) is None
+    assert w.version == 2
+
+
+def test_parameters_of_an_earlier_run_at_the_same_version_are_replaced(csv: Path) -> None:
+    w = worker(csv)
+    assert w.run(*step_to(w.x + np.float32(1))) is None
+    ours = w.x + np.float32(2)
+    assert w.run(*step_to(ours)) is None  # version 1 again, and other parameters
+    np.testing.assert_array_equal(w.x, ours)
