@@ -14,12 +14,12 @@ import numpy as np
 from fedalgos.method import (
     Batch,
     Contribution,
-    Mean,
     Method,
     Oracle,
     Settings,
     Work,
     everything,
+    mean_of,
 )
 from fedalgos.optim import Local, Moments, Server, Sgd, local_steps, server_step
 from fedalgos.space import ParamSpace
@@ -44,10 +44,9 @@ def fedavg(o: FedAvg, space: ParamSpace) -> Method[Moments]:
         s: Moments, x: Flat, round: int, contributions: Iterable[Contribution]
     ) -> tuple[Moments, Payload]:
         del round
-        mean = Mean(space.size)
-        for c in contributions:
-            mean.add(c.examples, c.payload.values)
-        delta = (mean.value() - x).astype(np.float32)  # Delta = sum_k n_k/n w_k - w
+        delta = (mean_of(contributions, space.size) - x).astype(
+            np.float32
+        )  # Delta = sum_k n_k/n w_k - w
         s, new = server_step(o.server, s, x, delta)
         return s, Dense(new.astype(np.float32))
 

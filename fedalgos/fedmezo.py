@@ -22,13 +22,13 @@ from fedalgos.method import (
     Assignment,
     Batch,
     Contribution,
-    Mean,
     Method,
     Oracle,
     Positive,
     Settings,
     Work,
     everything,
+    mean_of,
 )
 from fedalgos.space import ParamSpace
 from protocol import noise
@@ -84,10 +84,7 @@ def fedmezo(o: FedMezo, space: ParamSpace, seed: int) -> Method[None]:
     ) -> tuple[None, Payload]:
         del round
         if o.wire == "weights":
-            mean = Mean(space.size)
-            for c in contributions:
-                mean.add(c.examples, c.payload.values)
-            return s, Dense(mean.value().astype(np.float32))
+            return s, Dense(mean_of(contributions, space.size).astype(np.float32))
         got = list(contributions)  # a few scalars each: held whole
         total = sum(c.examples for c in got)
         runs = tuple(  # the learning rate travels with the round: scale = eta w_i

@@ -146,3 +146,11 @@ class Mean:
         if self._weight == 0.0:
             raise ValueError("mean of no updates")
         return self._sum / self._weight
+
+
+def mean_of(contributions: Iterable[Contribution], size: int) -> npt.NDArray[np.float64]:
+    """The mean of dense contributions, weighted by examples, one in memory at a time."""
+    mean = Mean(size)
+    for c in contributions:
+        mean.add(c.examples, c.payload.values)
+    return mean.value()
