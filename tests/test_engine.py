@@ -94,9 +94,8 @@ def test_an_outcome_comes_with_its_buffer_and_nothing_is_no_outcome(
     assert second == Outcome(step(2), memoryview(b"data"))
 
 
-def test_tasks_of_a_round_that_was_followed_by_another_are_not_started(
-    engines: list[Harness],
-) -> None:
+def held_up(engines: list[Harness]) -> tuple[Harness, Blocker]:
+    """An engine that is busy until told to go on, so that jobs queue behind it."""
     block = Blocker()
 
     def answer(message: Message, data: Frame | None) -> Outcome:
@@ -107,6 +106,13 @@ def test_tasks_of_a_round_that_was_followed_by_another_are_not_started(
     engines.append(h := Harness(answer).wait())
     h.engine.submit(Evaluate(version=0), None)
     assert block.entered.wait(30)
+    return h, block
+
+
+def test_tasks_of_a_round_that_was_followed_by_another_are_not_started(
+    engines: list[Harness],
+) -> None:
+    h, block = held_up(engines)
     for late in (task(0), task(1), step(1), task(0, attempt=1), task(0, round=2), task(1, round=2)):
         h.engine.submit(late, None)
     block.go_on.set()
@@ -115,16 +121,7 @@ def test_tasks_of_a_round_that_was_followed_by_another_are_not_started(
 
 
 def test_a_task_queued_twice_runs_once_but_again_once_it_is_done(engines: list[Harness]) -> None:
-    block = Blocker()
-
-    def answer(message: Message, data: Frame | None) -> Outcome:
-        if isinstance(message, Evaluate):
-            block()
-        return echo(message, data)
-
-    engines.append(h := Harness(answer).wait())
-    h.engine.submit(Evaluate(version=0), None)
-    assert block.entered.wait(30)
+    h, block = held_up(engines)
     for again in (task(0), task(0), task(1), task(0)):
         h.engine.submit(again, None)
     block.go_on.set()
