@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,13 +30,14 @@ class Central:
         self.version = 0
         self._digests = [digest(x)]  # of every version
         self.history = History(self.snapshot().nbytes, method.absolute)
+        self._initial = x if method.onto == "initial" else None
         self._state, first = method.init(x)
         if first is not None:
-            self._take(first, method.apply(x, 0, first), round=0)
+            self._take(first, self._apply(0, first), round=0)
 
     def plan(self, round: int, cohort: tuple[int, ...]) -> Mapping[int, Assignment]:
         """Each client's assignment in a round."""
-        return {a.client: a for a in self.method.plan(round, cohort)}
+        return {a.client: a for a in self.method.plan(self._state, round, cohort)}
 
     def commit(self, round: int, contributions: Iterable[Contribution]) -> None:
         """Aggregate and apply a round: all of it or nothing.
@@ -45,11 +47,13 @@ class Central:
         """
         with np.errstate(over="ignore", invalid="ignore"):
             state, step = self.method.aggregate(self._state, self.x, round, contributions)
-            x = self.method.apply(self.x, round, step)
+            start = time.perf_counter()
+            x = self._apply(round, step)
+            seconds = time.perf_counter() - start
         if not (np.isfinite(step.values).all() and np.isfinite(x).all()):
             raise ArithmeticError("the aggregate is not finite")
         self._state = state
-        self._take(step, x, round)
+        self._take(step, x, round, seconds)
 
     @property
     def digest(self) -> bytes:
@@ -72,9 +76,12 @@ class Central:
         )
         return Kept(message, encode(payload))
 
-    def _take(self, step: Payload, x: Flat, round: int) -> None:
+    def _apply(self, round: int, step: Payload) -> Flat:
+        return self.method.apply(self.x if self._initial is None else self._initial, round, step)
+
+    def _take(self, step: Payload, x: Flat, round: int, seconds: float = 0.0) -> None:
         self.x = x
         self.version += 1
         self._digests.append(digest(x))
         message = Step(version=self.version, round=round, digest=self.digest, payload=spec_of(step))
-        self.history.add(Kept(message, encode(step)))
+        self.history.add(Kept(message, encode(step), seconds))

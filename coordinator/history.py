@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,15 +14,41 @@ from protocol.messages import Step
 
 @dataclass(frozen=True)
 class Kept:
-    """A step as it goes out; ``data`` is its payload's buffer."""
+    """A step as it goes out.
+
+    Attributes:
+        message: without the payload's buffer.
+        data: the payload's buffer.
+        seconds: what it took the coordinator to apply it; a snapshot takes none.
+    """
 
     message: Step
     data: memoryview
+    seconds: float = 0.0
 
     @cached_property
     def nbytes(self) -> int:
         """What it costs to send: of a few scalars the body is the larger part."""
         return len(msgspec.msgpack.encode(self.message)) + len(self.data)
+
+
+@dataclass(frozen=True)
+class CatchUp:
+    """How a node gets to the newest version, and what the two ways would cost.
+
+    Attributes:
+        kept: what it is sent.
+        is_snapshot: the parameters themselves, not the missed steps.
+        steps_nbytes: of the missed steps, None if they are not kept any more.
+        steps_seconds: to apply them, by the coordinator's clock; None likewise.
+        snapshot_nbytes: of a snapshot.
+    """
+
+    kept: tuple[Kept, ...]
+    is_snapshot: bool
+    steps_nbytes: int | None
+    steps_seconds: float | None
+    snapshot_nbytes: int
 
 
 class History:
@@ -48,21 +75,29 @@ class History:
         """The version of the oldest step kept, 0 before the first."""
         return self._steps[0].message.version if self._steps else 0
 
-    def since(self, version: int) -> list[Kept] | None:
-        """What brings a node from ``version`` to the newest, or None: send a snapshot.
+    def since(self, version: int, snapshot: Callable[[], Kept]) -> CatchUp:
+        """What brings a node from ``version`` to the newest, in the fewest bytes.
 
         A negative version stands for parameters that are of no use.
         """
+        missed = self._missed(version)
+        if missed is None:
+            return CatchUp((snapshot(),), True, None, None, self._snapshot_bytes)
+        nbytes = sum(kept.nbytes for kept in missed)
+        is_snapshot = nbytes > self._snapshot_bytes
+        kept = (snapshot(),) if is_snapshot else tuple(missed)
+        seconds = sum(kept.seconds for kept in missed)
+        return CatchUp(kept, is_snapshot, nbytes, seconds, self._snapshot_bytes)
+
+    def _missed(self, version: int) -> list[Kept] | None:
+        """The steps that lead from ``version`` to the newest, if they are still kept."""
         newest = self._steps[-1].message.version if self._steps else 0
         if version >= newest:
             return []
         if self._absolute and self._steps:
             return [self._steps[-1]]
         missed = [kept for kept in self._steps if kept.message.version > version]
-        if not missed or missed[0].message.version != version + 1:
-            return None
-        cost = sum(kept.nbytes for kept in missed)
-        return missed if cost <= self._snapshot_bytes else None
+        return missed if missed and missed[0].message.version == version + 1 else None
 
     def _nbytes(self) -> int:
         return sum(kept.nbytes for kept in self._steps)

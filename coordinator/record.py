@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from coordinator.central import Central
 from coordinator.events import Abandon, Assign, Commit, Event
+from coordinator.history import CatchUp
 from coordinator.roster import Member
 from protocol import experiment as experiments
 from protocol.experiment import Experiment
@@ -76,6 +77,16 @@ class RunRecorder:
 
     def event(self, event: Event) -> None:
         line = {"event": type(event).__name__, **asdict(event)}
+        self._events.write(json.dumps(line) + "\n")
+        self._events.flush()
+
+    def caught_up(self, member: Member, known: int, version: int, catch_up: CatchUp) -> None:
+        """A node that was behind is brought up: what was sent, and what each way costs."""
+        line: dict[str, Any] = {"event": "CatchUp", "node": member.name, "from": known}
+        line |= {"to": version, "sent": "snapshot" if catch_up.is_snapshot else "steps"}
+        line |= {"steps": 0 if catch_up.is_snapshot else len(catch_up.kept)}
+        line |= {"steps_bytes": catch_up.steps_nbytes, "steps_seconds": catch_up.steps_seconds}
+        line |= {"snapshot_bytes": catch_up.snapshot_nbytes}
         self._events.write(json.dumps(line) + "\n")
         self._events.flush()
 

@@ -248,7 +248,7 @@ class Server:
             return str(error)
         why = self._central().method.accepts(assignment, value)
         if why is None:
-            self._updates[ref] = Contribution(assignment, update.examples, value)
+            self._updates[ref] = Contribution(assignment, update.examples, value, update.loss)
         return why
 
     def _scored(self, member: Member, score: Score) -> Iterator[Event]:
@@ -310,9 +310,15 @@ class Server:
             if member is None:
                 continue  # lost in this very turn: its NodeLost is on the way
             self._bring_up(member)
-            units = self._plan[client].units
+            plan = self._plan[client]
             task = Task(
-                round=number, attempt=attempt, client=client, version=central.version, units=units
+                round=number,
+                attempt=attempt,
+                client=client,
+                version=central.version,
+                units=plan.units,
+                lr=plan.lr,
+                picks=plan.picks,
             )
             self.desk.send(member, task)
 
@@ -359,9 +365,11 @@ class Server:
             log.warning("%s; it gets a snapshot", reason)
             self._recorder.resynced(member, reason)
             known = -1
-        missed = central.history.since(known)
-        for kept in [central.snapshot()] if missed is None else missed:
+        catch_up = central.history.since(known, central.snapshot)
+        for kept in catch_up.kept:
             self.desk.offer(member, kept)
+        if catch_up.is_snapshot or central.version > known + 1:  # else it follows online
+            self._recorder.caught_up(member, known, central.version, catch_up)
         member.version, member.digest = central.version, central.digest
 
     def _central(self) -> Central:

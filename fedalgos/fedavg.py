@@ -57,7 +57,7 @@ def fedavg(o: FedAvg, space: ParamSpace) -> Method[Moments]:
         accepts=lambda _, payload: wants_dense(space, (), payload),
         aggregate=aggregate,
         apply=lambda x, round, step: step.values.copy(),
-        absolute=True,
+        onto="nothing",
     )
 
 
@@ -66,13 +66,13 @@ def train_dense(
 ) -> tuple[Dense, float]:
     """Backpropagation and a local optimiser; the parameters after the last step."""
     del work
-    w, losses = oracle.array(x), []
+    w, losses = oracle.start(x), []
     step_ = local_steps(optimiser, [w])
     for batch in batches:
         loss, g = oracle.grad(w, batch)
         losses.append(loss)
         step_([g])
-    return Dense(oracle.numpy(w)), float(np.mean(losses))
+    return Dense(oracle.numpy(w).copy()), float(np.mean(losses))
 
 
 def wants_dense(space: ParamSpace, units: tuple[int, ...], payload: Payload) -> str | None:

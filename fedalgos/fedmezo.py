@@ -3,112 +3,148 @@
 Ling et al., KDD 2024, arXiv:2402.05926, with the two-point estimator of MeZO (Malladi
 et al., NeurIPS 2023, arXiv:2305.17333, Algorithm 1).  Client i takes H local steps
 
-    g_h = (f(x + eps z_h) - f(x - eps z_h)) / (2 eps),   x <- x - eta g_h z_h
+    g_h = (f(x + eps z_h) - f(x - eps z_h)) / (2 eps),   x <- x - eta_i g_h z_h
 
-and the server averages the results by examples.  As the z_h are known to everyone,
-the H scalars say all: theta - sum_i w_i sum_h eta g_ih z_ih.  ``wire = "weights"`` sends
-the parameters as the paper does, along the same trajectory.
+and the server averages the results by examples.  As the z_h are known to everyone, the H
+scalars say all, and replaying them gives the very bits that the dense weights would have
+(``wire = "weights"``, the published form).  The learning rate of a client follows its
+``signal`` (section 5.4): eta_i = eta (1 + spread Phi_i), see ``fedalgos.rates``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 
+from fedalgos import rates
 from fedalgos.fedavg import wants_dense
 from fedalgos.method import (
     Assignment,
     Batch,
     Contribution,
+    Fraction,
     Method,
     Oracle,
     Positive,
     Settings,
     Work,
-    everything,
     mean_of,
 )
+from fedalgos.rates import Rates, Signal
+from fedalgos.replay import Path, alphas, replay
 from fedalgos.space import ParamSpace
+from fedalgos.zeroth import walk, wants_scalars
 from protocol import noise
 from protocol.noise import Direction
 from protocol.payload import Dense, Flat, Payload, Run, Scalars
 
 
 class FedMezo(Settings, frozen=True, kw_only=True, tag="fedmezo"):
-    """Settings of FedMeZO; ``steps`` is the paper's H."""
+    """Settings of FedMeZO; ``steps`` is the paper's H, ``spread`` its alpha over eta_0."""
 
-    lr: Positive = 1e-4  # eta
+    lr: Positive = 1e-4  # eta_0
     eps: Positive = 1e-3
     wire: Literal["scalars", "weights"] = "scalars"
+    signal: Signal = "frozen"
+    spread: Fraction = 0.5
 
 
-def fedmezo(o: FedMezo, space: ParamSpace, seed: int) -> Method[None]:
+def fedmezo(o: FedMezo, space: ParamSpace, seed: int) -> Method[Rates]:
     """Build FedMeZO over a parameter space; ``seed`` is the run's."""
 
-    def direction(round: int, client: int, step: int) -> Direction:
-        return Direction(noise.key("direction", seed, round, client, step, 0), space.ranges())
+    def key(round: int, client: int, step: int) -> int:
+        return noise.key("direction", seed, round, client, step, 0)
+
+    def plan(s: Rates, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
+        if o.signal == "frozen":
+            return tuple(Assignment(client) for client in cohort)
+        phi = rates.phi(s, o.signal, seed, round, cohort)
+        return tuple(Assignment(c, lr=o.lr * (1 + o.spread * phi[c])) for c in cohort)
 
     def local(
         x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
     ) -> tuple[Payload, float]:
-        client, w = work.assignment.client, oracle.array(x)
-        scalars, losses = [], []
-        for h, batch in enumerate(batches):
-            z = direction(work.round, client, h)
-            plus, minus = oracle.losses(w, z, o.eps, batch)
-            g = np.float32((plus - minus) / (2 * o.eps))
-            oracle.add_(w, -o.lr * float(g), z)
-            scalars.append(g)
-            losses.append((plus + minus) / 2)
-        if o.wire == "weights":
-            return Dense(oracle.numpy(w)), float(np.mean(losses))
-        runs = (Run(client, len(scalars)),)
-        return Scalars(runs, np.array(scalars, np.float32)), float(np.mean(losses))
+        client, is_dense = work.assignment.client, o.wire == "weights"
+
+        def directions(h: int) -> tuple[Direction]:
+            return (Direction(key(work.round, client, h), space.ranges()),)
+
+        eta = rate(work.assignment)
+        end = walk(oracle, x, batches, directions, eta, o.eps, to_the_end=is_dense)
+        if is_dense:
+            return Dense(oracle.numpy(end.w).copy()), end.loss
+        return end.payload(client), end.loss
+
+    def rate(assignment: Assignment) -> float:
+        return o.lr if assignment.lr is None else assignment.lr
 
     def accepts(assignment: Assignment, payload: Payload) -> str | None:
         if o.wire == "weights":
             return wants_dense(space, (), payload)
-        if not isinstance(payload, Scalars) or len(payload.runs) != 1:
-            return "want one run of scalars"
-        run = payload.runs[0]
-        if run.client != assignment.client or run.scale != 1.0:
-            return "a run of another client or scale"
-        if o.steps and run.count != o.steps:
-            return f"another size: {run.count} scalars, want {o.steps}"
-        return None
+        return wants_scalars(assignment, payload, o.steps)
 
     def aggregate(
-        s: None, x: Flat, round: int, contributions: Iterable[Contribution]
-    ) -> tuple[None, Payload]:
-        del round
+        s: Rates, x: Flat, round: int, contributions: Iterable[Contribution]
+    ) -> tuple[Rates, Payload]:
+        if o.wire == "weights" and o.signal != "model-diff":
+            losses: dict[int, float] = {}
+            step = Dense(mean_of(_noting(contributions, losses), space.size).astype(np.float32))
+            return rates.remember(s, losses, {}), step
+        got = list(contributions)  # a few scalars each, or what model-diff must compare
+        losses = {c.assignment.client: c.loss for c in got}
         if o.wire == "weights":
-            return s, Dense(mean_of(contributions, space.size).astype(np.float32))
-        got = list(contributions)  # a few scalars each: held whole
-        total = sum(c.examples for c in got)
-        runs = tuple(  # the learning rate travels with the round: scale = eta w_i
-            Run(c.assignment.client, len(c.payload.values), o.lr * c.examples / total) for c in got
+            new = mean_of(got, space.size).astype(np.float32)
+            diffs = {c.assignment.client: rates.distance(space, c.payload.values, new) for c in got}
+            return rates.remember(s, losses, diffs), Dense(new)
+        sent = Scalars(
+            tuple(  # rate and weight travel with the round
+                Run(c.assignment.client, len(c.payload.values), rate(c.assignment), c.examples)
+                for c in got
+            ),
+            np.concatenate([c.payload.values for c in got]),
         )
-        return s, Scalars(runs, np.concatenate([c.payload.values for c in got]))
+        diffs = {}
+        if o.signal == "model-diff":
+            walks = paths(round, sent)
+            new = replay(x, walks)
+            diffs = {
+                c.assignment.client: rates.distance(space, replay(x, (path,)), new)
+                for c, path in zip(got, walks, strict=True)
+            }
+        return rates.remember(s, losses, diffs), sent
+
+    def paths(round: int, step: Scalars) -> list[Path]:
+        out, at = [], 0
+        for run in step.runs:
+            keys = [key(round, run.client, h) for h in range(run.count)]
+            g = step.values[at : at + run.count]
+            out.append(Path(keys, alphas(run.scale, g), run.weight))
+            at += run.count
+        return out
 
     def apply(x: Flat, round: int, step: Payload) -> Flat:
         if isinstance(step, Dense):
             return step.values.copy()
         assert isinstance(step, Scalars)
-        new, values = x.copy(), iter(step.values)
-        for run in step.runs:
-            for h in range(run.count):
-                alpha = -np.float32(run.scale) * next(values)  # fp32 product, in wire order
-                noise.add_(new, float(alpha), direction(round, run.client, h))
-        return new
+        return replay(x, paths(round, step))
 
     return Method(
-        init=lambda x: (None, None),
-        plan=everything,
+        init=lambda x: (Rates(), None),
+        plan=plan,
         local=local,
         accepts=accepts,
         aggregate=aggregate,
         apply=apply,
-        absolute=o.wire == "weights",
+        onto="nothing" if o.wire == "weights" else "previous",
     )
+
+
+def _noting(
+    contributions: Iterable[Contribution], losses: dict[int, float]
+) -> Iterable[Contribution]:
+    """The same, one at a time, with their losses kept."""
+    for c in contributions:
+        losses[c.assignment.client] = c.loss
+        yield c

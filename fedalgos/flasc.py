@@ -114,5 +114,5 @@ def flasc(o: Flasc, space: ParamSpace) -> Method[State]:
         accepts=accepts,
         aggregate=aggregate,
         apply=apply,
-        absolute=True,
+        onto="nothing",
     )

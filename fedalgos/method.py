@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,12 @@ class Oracle(Protocol):
     All loss values are means over the batch's examples, without dropout.
     """
 
+    def start(self, x: Flat) -> Vector:
+        """The model's own parameters, set to ``x``: what a local run trains in place.
+
+        Valid until the next ``start``; asking about it copies nothing.
+        """
+
     def array(self, x: Flat) -> Vector:
         """A private copy of ``x`` on the oracle's device."""
 
@@ -51,9 +57,9 @@ class Oracle(Protocol):
         """f(x) and its directional derivative, in one forward pass (forward mode)."""
 
     def losses(
-        self, x: Vector, direction: Direction, eps: float, batch: Batch
-    ) -> tuple[float, float]:
-        """f(x + eps z) and f(x - eps z); ``x`` is left bit for bit as it was."""
+        self, x: Vector, direction: Direction, offsets: Sequence[float], batch: Batch
+    ) -> tuple[float, ...]:
+        """f(x + s z) for each offset s; ``x`` is left bit for bit as it was."""
 
     def add_(self, x: Vector, alpha: float, direction: Direction) -> None:
         """X += alpha z in place."""
@@ -61,10 +67,20 @@ class Oracle(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What one client is asked to train; no units means everything."""
+    """What one client is asked to do.
+
+    Attributes:
+        client: its number.
+        units: which units to train; none means everything.
+        lr: its step size, where the method gives each client its own.
+        picks: which of the method's candidates to use, one for each step, where the
+            coordinator chooses.
+    """
 
     client: int
     units: tuple[int, ...] = ()
+    lr: float | None = None
+    picks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +93,15 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """A client's accepted update; ``examples`` is how many it processed, its weight."""
+    """A client's accepted update: its weight is how many examples it processed.
+
+    ``loss`` is their mean loss during the local run.
+    """
 
     assignment: Assignment
     examples: int
     payload: Payload
+    loss: float = 0.0
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name"):
@@ -102,27 +122,33 @@ class Method(Generic[S]):
 
     Attributes:
         init: parameters -> (server state, step to publish before round 1 or None).
-        plan: (round, cohort in the order drawn) -> an assignment for each.
+        plan: (state, round, cohort in the order drawn) -> an assignment for each.
         local: (parameters, oracle, batches, work) -> (payload, mean loss); on the node.
         accepts: (assignment, payload) -> None, or why it cannot be an answer to it.
         aggregate: (state, parameters, round, contributions) -> (state, step payload).
             Consumes lazily, holds one update at a time; the caller orders by client.
         apply: (parameters, round, step payload) -> new parameters, deterministic to the bit.
-        absolute: a step replaces the parameters, so that earlier steps need not be known.
+        onto: which parameters ``apply`` wants: the previous step's, those that the run
+            began with, or none, because the step replaces them.
     """
 
     init: Callable[[Flat], tuple[S, Payload | None]]
-    plan: Callable[[int, Sequence[int]], tuple[Assignment, ...]]
+    plan: Callable[[S, int, Sequence[int]], tuple[Assignment, ...]]
     local: Callable[[Flat, Oracle, Iterable[Batch], Work], tuple[Payload, float]]
     accepts: Callable[[Assignment, Payload], str | None]
     aggregate: Callable[[S, Flat, int, Iterable[Contribution]], tuple[S, Payload]]
     apply: Callable[[Flat, int, Payload], Flat]
-    absolute: bool
+    onto: Literal["previous", "initial", "nothing"]
+
+    @property
+    def absolute(self) -> bool:
+        """Whether a step suffices by itself, so that earlier ones need not be known."""
+        return self.onto != "previous"
 
 
-def everything(round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
+def everything(state: Any, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
     """The plan of methods in which every client trains everything."""
-    del round
+    del state, round
     return tuple(Assignment(client) for client in cohort)
 
 

@@ -7,15 +7,19 @@ from typing import Any
 
 import msgspec
 
+from fedalgos.baffle import Baffle, baffle
+from fedalgos.decomfl import DeComFL, decomfl
 from fedalgos.fedavg import FedAvg, fedavg
+from fedalgos.fedkseed import FedKSeed, fedkseed
 from fedalgos.fedmezo import FedMezo, fedmezo
+from fedalgos.ferret import Ferret, ferret
 from fedalgos.flasc import Flasc, flasc
 from fedalgos.method import Method
 from fedalgos.space import ParamSpace
 from fedalgos.spry import Spry, spry
 from protocol.errors import ExperimentError
 
-AnySettings = FedAvg | FedMezo | Spry | Flasc
+AnySettings = FedAvg | FedMezo | FedKSeed | DeComFL | Baffle | Ferret | Spry | Flasc
 
 
 def settings(table: Mapping[str, Any]) -> AnySettings:
@@ -43,6 +47,14 @@ def build(o: AnySettings, space: ParamSpace, seed: int) -> Method[Any]:
             return fedavg(o, space)
         case FedMezo():
             return fedmezo(o, space, seed)
+        case FedKSeed():
+            return fedkseed(o, space, seed)
+        case DeComFL():
+            return decomfl(o, space, seed)
+        case Baffle():
+            return baffle(o, space, seed)
+        case Ferret():
+            return ferret(o, space, seed)
         case Spry():
             return spry(o, space, seed)
         case Flasc():

@@ -61,15 +61,15 @@ def assign(num_units: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
 def spry(o: Spry, space: ParamSpace, seed: int) -> Method[State]:
     """Build Spry over a parameter space; ``seed`` is the run's."""
 
-    def plan(round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
-        del round  # slots follow the cohort's drawn order, so units move between clients
+    def plan(s: State, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
+        del s, round  # slots follow the cohort's drawn order, so units move between clients
         return assign(len(space.units), cohort)
 
     def local(
         x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
     ) -> tuple[Payload, float]:
         units, client = work.assignment.units, work.assignment.client
-        ranges, w, losses = space.ranges(units), oracle.array(x), []
+        ranges, w, losses = space.ranges(units), oracle.start(x), []
         step_ = local_steps(o.local, [w[start:stop] for start, stop in ranges])  # views
         for t, batch in enumerate(batches):
             g: Vector = oracle.array(np.zeros(space.size, np.float32))
@@ -113,5 +113,5 @@ def spry(o: Spry, space: ParamSpace, seed: int) -> Method[State]:
         accepts=lambda assignment, payload: wants_dense(space, assignment.units, payload),
         aggregate=aggregate,
         apply=apply,
-        absolute=False,
+        onto="previous",
     )

@@ -43,6 +43,9 @@ def node(
     from node.engine import Setup
     from node.session import Session
 
+    # torch's idle OpenMP threads spin for milliseconds, on cores that the noise kernels and
+    # other nodes of this machine could use; read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
     is_idle = True

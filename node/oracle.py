@@ -1,17 +1,22 @@
 """The model as methods see it: losses and derivatives of one flat fp32 vector.
 
-The trained parameters are views of one flat buffer; asking about ``x`` copies it there,
-so nothing that a method does can leave the model changed.
+The trained parameters are views of one flat buffer.  A local run trains that buffer in
+place (``start``); asking about any other vector copies it there first.  Perturbed
+inference leaves it alone (``node.shift``).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch.autograd import forward_ad
 
+from node import device
 from node.model import TrainedModel
+from node.shift import Shifter
 from node.task import Batch, TextTask
-from protocol import noise
 from protocol.errors import ModelError
 from protocol.noise import Direction
 from protocol.payload import Flat
@@ -29,6 +34,9 @@ class TorchOracle:
         self._flat = flat
         for parameter, part in zip(self._parameters, self._parts(flat), strict=True):
             parameter.data = part  # from here on the model's own tensors are views
+        starts = itertools.accumulate(self._sizes, initial=0)
+        offsets = {id(p): start for p, start in zip(self._parameters, starts, strict=False)}
+        self._shifter = Shifter(trained.model, offsets, task.label_rows)
 
     def initial(self) -> Flat:
         """The parameters that the model was loaded with, (size,); ask before anything else."""
@@ -37,6 +45,11 @@ class TorchOracle:
     def load(self, x: Flat) -> None:
         """Put parameters into the model for good, e.g. before it is scored or saved."""
         self._put(torch.from_numpy(x))
+
+    def start(self, x: Flat) -> torch.Tensor:
+        """The model's own buffer, set to ``x``."""
+        self.load(x)
+        return self._flat
 
     def array(self, x: Flat) -> torch.Tensor:
         return torch.tensor(x, device=self._flat.device)  # copies
@@ -85,23 +98,26 @@ class TorchOracle:
             primal, derivative = forward_ad.unpack_dual(loss)  # type: ignore[no-untyped-call]
         return float(primal), 0.0 if derivative is None else float(derivative)
 
+    @torch.no_grad()
     def losses(
-        self, x: torch.Tensor, direction: Direction, eps: float, batch: Batch
-    ) -> tuple[float, float]:
-        step = self.array(direction.dense(len(self._flat))).mul_(eps)
-        return self.loss(x + step, batch), self.loss(x - step, batch)  # x itself never moves
+        self, x: torch.Tensor, direction: Direction, offsets: Sequence[float], batch: Batch
+    ) -> tuple[float, ...]:
+        """As ``Oracle.losses``.
+
+        Raises:
+            ModelError: the model reads a trained tensor outside of the module that owns it.
+        """
+        return self._shifter.run(
+            x, direction, offsets, lambda: float(self._task.loss(self._model, batch))
+        )
 
     def add_(self, x: torch.Tensor, alpha: float, direction: Direction) -> None:
-        if x.device.type == "cpu":
-            noise.add_(x.numpy(), alpha, direction)  # shares memory: the reference arithmetic
-            return
-        scale = float(torch.tensor(alpha, dtype=torch.float32))
-        for span, z in direction.spans():
-            x[span] += torch.from_numpy(z).to(x.device) * scale
+        device.add_(x, alpha, direction)
 
     @torch.no_grad()
     def _put(self, x: torch.Tensor) -> None:
-        self._flat.copy_(x)
+        if x.data_ptr() != self._flat.data_ptr():
+            self._flat.copy_(x)
 
     def _parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(flat, self._sizes)

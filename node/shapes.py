@@ -22,7 +22,7 @@ from protocol.errors import ModelError
 _TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TINY |= {"vocab_size": 512, "max_position_embeddings": 512}
 _WIDE = {"intermediate_size": 64}
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-tiny": ("bert", _TINY | _WIDE),
     "roberta-tiny": ("roberta", _TINY | _WIDE | {"max_position_embeddings": 514}),
     "distilbert-tiny": ("distilbert", _TINY | {"hidden_dim": 64}),
@@ -30,6 +30,12 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "opt-tiny": ("opt", _TINY | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "llama-tiny": ("llama", _TINY | _WIDE | {"num_key_value_heads": 2, "head_dim": 8}),
     "qwen2-tiny": ("qwen2", _TINY | _WIDE | {"num_key_value_heads": 2}),
+    "smollm2-135m": (
+        "llama",
+        {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}
+        | {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+        | {"max_position_embeddings": 8192, "tie_word_embeddings": True},
+    ),
     "llama2-7b": ("llama", {}),  # the defaults of transformers are Llama 2 7B's
     "opt-13b": (
         "opt",

@@ -23,7 +23,7 @@ from node import batches, data, model, task
 from node.engine import Outcome, Setup
 from node.measure import Phases
 from node.oracle import TorchOracle
-from protocol import payload
+from protocol import kernels, payload
 from protocol.experiment import Experiment
 from protocol.messages import (
     Evaluate,
@@ -56,6 +56,7 @@ class Worker:
         """
         if setup.threads:
             torch.set_num_threads(setup.threads)
+            kernels.use_threads(setup.threads)
         self._experiment, self._setup = experiment, setup
         self._phases = Phases(setup.device)
         self.settings = registry.settings(experiment.method)
@@ -78,6 +79,7 @@ class Worker:
         self._space = ParamSpace.of(trained.infos)
         self._method = registry.build(self.settings, self._space, experiment.run.seed)
         self.x: Flat = self._oracle.initial()
+        self._initial = self.x if self._method.onto == "initial" else None
         self.version, self._digest, self._is_syncing = 0, digest(self.x), False
 
     def ready(self) -> Outcome:
@@ -125,8 +127,11 @@ class Worker:
         with self._phases("catch-up"):
             try:
                 value = payload.decode(step.payload, buffer)
-                whole = step.snapshot
-                x = value.values.copy() if whole else self._method.apply(self.x, step.round, value)
+                if step.snapshot:
+                    x = value.values.copy()
+                else:
+                    base = self.x if self._initial is None else self._initial
+                    x = self._method.apply(base, step.round, value)
             except (RemoteProtocolError, AssertionError, ValueError, IndexError) as error:
                 return self._sync(f"step {step.version} does not apply: {error}"[:1000])
             got = digest(x)
@@ -171,7 +176,8 @@ class Worker:
                 seen.append(len(rows))
                 yield self._task.batch(tokens, rows)
 
-        work = Work(order.round, Assignment(order.client, order.units))
+        assignment = Assignment(order.client, order.units, order.lr, order.picks)
+        work = Work(order.round, assignment)
         with self._phases("train"):
             value, loss = self._method.local(self.x, self._oracle, drawn(), work)
         if not (math.isfinite(loss) and np.isfinite(value.values).all()):

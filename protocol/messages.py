@@ -1,4 +1,4 @@
-"""The typed messages of protocol version 1, one union per direction.
+"""The typed messages of protocol version 2, one union per direction.
 
 ``docs/protocol.md`` is the specification and carries its own version number; this
 module implements it.  ``Channel`` packs one direction and unpacks it with every
@@ -190,6 +190,8 @@ class Task(Message, frozen=True, kw_only=True, tag="task"):
     units: Annotated[
         tuple[Unit, ...], Meta(max_length=wire.MAX_ARRAY)
     ] = ()  # what to train; empty means everything
+    lr: Annotated[float, Meta(gt=0, le=1e6)] | None = None  # null: the method's own
+    picks: Annotated[tuple[Unit, ...], Meta(max_length=wire.MAX_ARRAY)] = ()  # see fedalgos
 
 
 class Step(Carrier, frozen=True, kw_only=True, tag="step"):

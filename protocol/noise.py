@@ -4,7 +4,8 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'
 turns (key, counter) into 128 bits; the counter is the element index divided by 8, so
 element i is the i-th 16-bit lane of the stream, wherever and in whatever split it is
 generated.  A normal is a table look-up of its 16 bits: integers and one table, no
-libm.  ``docs/noise.md`` is the specification; this numpy version is the reference.
+libm.  ``docs/noise.md`` is the specification; this numpy version is the reference, and
+``protocol.kernels`` runs the last part of it on threads and in compiled form.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 STREAM = "philox4x32-10/normal16/1"
 LANES = 8  # 16-bit lanes in one 128-bit block
-SPAN = 1 << 16  # elements generated at once: bounds memory, does not change a bit
+PIECE = 1 << 16  # elements generated at once, and summed by ``dots`` before they are added up
+
+Kind = Literal["normal", "uniform", "sign"]
+Flat = npt.NDArray[np.float32]
+Keys = npt.NDArray[np.uint64]
+Doubles = npt.NDArray[np.float64]
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -36,7 +43,7 @@ def _load_table() -> npt.NDArray[np.float32]:
     return np.concatenate([upper, -upper])  # bit 15 is the sign
 
 
-_NORMALS = _load_table()
+NORMALS = _load_table()  # by 16 bits
 
 
 def key(purpose: str, *fields: int) -> int:
@@ -85,7 +92,7 @@ def bits(key: int, start: int, stop: int) -> npt.NDArray[np.uint16]:
 
 def normals(key: int, start: int, stop: int) -> npt.NDArray[np.float32]:
     """Elements ``start`` to ``stop`` of the standard normal stream: mean 0, variance 1."""
-    return _NORMALS[bits(key, start, stop)]
+    return NORMALS[bits(key, start, stop)]
 
 
 def uniforms(key: int, start: int, stop: int) -> npt.NDArray[np.float32]:
@@ -105,9 +112,20 @@ def permutation(key: int, n: int) -> npt.NDArray[np.int64]:
     return np.argsort(words, kind="stable")
 
 
+def stream(kind: Kind, key: int, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """Elements ``start`` to ``stop`` of one of the three streams of numbers."""
+    match kind:
+        case "normal":
+            return normals(key, start, stop)
+        case "uniform":
+            return uniforms(key, start, stop)
+        case "sign":
+            return rademachers(key, start, stop)
+
+
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """A direction that needs no memory: normal on ``ranges``, zero elsewhere.
+    """A direction that needs no memory: the stream on ``ranges``, zero elsewhere.
 
     The counter is the global element index, so a part of a direction is the same
     numbers as that part of the whole.
@@ -115,24 +133,76 @@ class Direction:
 
     key: int
     ranges: tuple[tuple[int, int], ...]
-
-    def spans(self) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
-        """The non-zero parts, a bounded piece at a time."""
-        for first, last in self.ranges:
-            for start in range(first, last, SPAN):
-                stop = min(start + SPAN, last)
-                yield slice(start, stop), normals(self.key, start, stop)
+    kind: Kind = "normal"
 
     def dense(self, size: int) -> npt.NDArray[np.float32]:
         """The whole vector, (size,)."""
         z = np.zeros(size, np.float32)
-        for span, values in self.spans():
-            z[span] = values
+        for start, stop in self.ranges:
+            z[start:stop] = stream(self.kind, self.key, start, stop)
         return z
 
 
-def add_(x: npt.NDArray[np.float32], alpha: float, direction: Direction) -> None:
-    """Add alpha * z to x in place: one fp32 product, then one fp32 sum, never fused."""
-    scale = np.float32(alpha)
-    for span, z in direction.spans():
-        x[span] += scale * z
+# --- what kernels do: the reference, one array whose first element is number ``start`` ---
+
+
+def add(x: Flat, start: int, keys: Keys, alphas: Flat, kind: Kind) -> None:
+    """Add alphas[k] * z_k to x in place, k = 0, 1, ...
+
+    For each element and k one fp32 product, then one fp32 sum, never fused.
+    """
+    for first, last in _pieces(start, len(x)):
+        part = x[first - start : last - start]
+        for key, alpha in zip(keys.tolist(), alphas, strict=True):
+            part += alpha * stream(kind, key, first, last)
+
+
+def shifted(x: Flat, start: int, key: int, offsets: Flat, out: Flat, kind: Kind) -> None:
+    """out[s] = x + offsets[s] * z, shape (len(offsets), len(x)): a product, then a sum."""
+    for first, last in _pieces(start, len(x)):
+        span = slice(first - start, last - start)
+        z = stream(kind, key, first, last)
+        for to, offset in zip(out, offsets, strict=True):
+            to[span] = x[span] + offset * z
+
+
+def dots(x: Flat, start: int, keys: Keys, kind: Kind) -> Doubles:
+    """Parts of the scalar products of x with each z_k, in fp64.
+
+    Returns:
+        (pieces, len(keys), 8): the sums over the elements of one piece and one lane
+        (index modulo 8), in ascending order.  ``total`` adds them up.
+    """
+    sums = np.zeros((num_pieces(start, len(x)), len(keys), LANES))
+    for piece, (first, last) in enumerate(_pieces(start, len(x))):
+        skip, fill = first % LANES, -last % LANES
+        part = np.pad(x[first - start : last - start], (skip, fill)).astype(np.float64)
+        for k, key in enumerate(keys.tolist()):
+            z = stream(kind, key, first - skip, last + fill)
+            sums[piece, k] = (part * z).reshape(-1, LANES).sum(axis=0)
+    return sums
+
+
+def total(sums: Doubles) -> Doubles:
+    """The scalar products, (keys,), from ``dots``: lanes in order, then pieces in order."""
+    out = np.zeros(sums.shape[1])
+    for piece in sums:
+        by_key = np.zeros(sums.shape[1])
+        for lane in range(LANES):
+            by_key += piece[:, lane]
+        out += by_key
+    return out
+
+
+def num_pieces(start: int, size: int) -> int:
+    """How many pieces ``size`` elements from ``start`` touch."""
+    return -(-(start + size) // PIECE) - start // PIECE if size else 0
+
+
+def _pieces(start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Parts of [start, start + size) that do not cross a multiple of PIECE."""
+    stop = start + size
+    while start < stop:
+        last = min(stop, (start // PIECE + 1) * PIECE)
+        yield start, last
+        start = last

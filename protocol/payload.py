@@ -23,14 +23,20 @@ ClientId = Annotated[int, Meta(ge=0, lt=1_000_000)]
 Scale = Annotated[float, Meta(ge=-1e30, le=1e30)]  # both bounds: refuses inf and NaN
 F32 = np.dtype("<f4")
 U32 = np.dtype("<u4")
+F16 = np.dtype("<f2")
+U16 = np.dtype("<u2")
 
 
 class Run(Struct, frozen=True, array_like=True):
-    """One client's consecutive scalars: ``count`` of them, each to be scaled by ``scale``."""
+    """One client's consecutive scalars: ``count`` of them, each to be scaled by ``scale``.
+
+    ``weight`` is the client's part in a mean over the runs.
+    """
 
     client: ClientId
     count: Size
-    scale: Scale = 1.0
+    scale: Scale = 1  # an int, which takes one byte on the wire
+    weight: Annotated[float, Meta(gt=0, le=1e15)] = 1
 
 
 class ScalarsSpec(Struct, frozen=True, tag="scalars", tag_field="kind"):
@@ -66,7 +72,23 @@ class DenseSpec(Struct, frozen=True, tag="dense", tag_field="kind"):
         return 4 * self.count
 
 
-Spec = ScalarsSpec | SparseSpec | DenseSpec
+class BlocksSpec(Struct, frozen=True, tag="blocks", tag_field="kind"):
+    """``count`` coefficients in ``blocks`` runs: the runs' lengths in 16 bits, then the values.
+
+    With "f16" a value is its 16 bits times 2 to the ``exponent``.
+    """
+
+    blocks: Size
+    count: Size
+    coding: Literal["f32", "f16"] = "f32"
+    exponent: Annotated[int, Meta(ge=-100, le=100)] = 0
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.blocks + (2 if self.coding == "f16" else 4) * self.count
+
+
+Spec = ScalarsSpec | SparseSpec | DenseSpec | BlocksSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +122,31 @@ class Dense:
     units: tuple[int, ...] = ()
 
 
-Payload = Scalars | Sparse | Dense
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """counts: (blocks,) below 65,536; values: (their sum,) float32, block after block.
+
+    With ``coding`` "f16" the values are multiples that 16 bits can hold: see ``of``.
+    """
+
+    counts: npt.NDArray[np.int64]
+    values: Flat
+    coding: Literal["f32", "f16"] = "f32"
+    exponent: int = 0
+
+    @staticmethod
+    def of(counts: npt.NDArray[np.int64], values: Flat, coding: Literal["f32", "f16"]) -> Blocks:
+        """Round the values to what the coding can carry; the largest sets the exponent."""
+        if coding == "f32":
+            return Blocks(counts, values)
+        largest = float(np.abs(values).max(initial=0.0))
+        exponent = int(np.clip(np.frexp(largest)[1], -100, 100)) if np.isfinite(largest) else 0
+        scale = np.float32(2.0**exponent)  # a power of two: scaling is exact
+        with np.errstate(over="ignore"):  # what does not fit becomes inf and is refused as such
+            return Blocks(counts, (values / scale).astype(F16).astype(F32) * scale, coding, exponent)
+
+
+Payload = Scalars | Sparse | Dense | Blocks
 
 
 def spec_of(payload: Payload) -> Spec:
@@ -115,6 +161,8 @@ def spec_of(payload: Payload) -> Spec:
             return SparseSpec(size, count, "u32" if fits and wins else "bitmap")
         case Dense(values=values, units=units):
             return DenseSpec(len(values), units)
+        case Blocks(counts=counts, values=values, coding=coding, exponent=exponent):
+            return BlocksSpec(len(counts), len(values), coding, exponent)
 
 
 def encode(payload: Payload) -> memoryview:
@@ -128,6 +176,10 @@ def encode(payload: Payload) -> memoryview:
         else:
             places = payload.places.astype(U32).tobytes()
         return memoryview(values.tobytes() + places)
+    if isinstance(payload, Blocks):
+        if payload.coding == "f16":
+            values = (values / np.float32(2.0**payload.exponent)).astype(F16)
+        return memoryview(payload.counts.astype(U16).tobytes() + values.tobytes())
     return values.data.cast("B")
 
 
@@ -135,8 +187,8 @@ def decode(spec: Spec, buffer: bytes | memoryview) -> Payload:
     """The value a buffer stands for; a dense one shares the buffer's memory.
 
     Raises:
-        RemoteProtocolError: wrong size, a value that is not finite, or places that
-            are not strictly increasing indices below the size.
+        RemoteProtocolError: wrong size, a value that is not finite, places that are not
+            strictly increasing indices below the size, or blocks that do not add up.
     """
     if len(buffer) != spec.nbytes:
         raise RemoteProtocolError(f"payload of {len(buffer)} bytes, spec says {spec.nbytes}")
@@ -148,6 +200,13 @@ def decode(spec: Spec, buffer: bytes | memoryview) -> Payload:
         case SparseSpec(size=size, count=count, places=coding):
             values = _finite(np.frombuffer(buffer, F32, count))
             return Sparse(size, _places(coding, size, count, buffer[4 * count :]), values)
+        case BlocksSpec(blocks=blocks, count=count, coding=width, exponent=exponent):
+            counts = np.frombuffer(buffer, U16, blocks).astype(np.int64)
+            if int(counts.sum()) != count:
+                raise RemoteProtocolError(f"blocks of {counts.sum()} values in all, not {count}")
+            raw = np.frombuffer(buffer, F16 if width == "f16" else F32, count, 2 * blocks)
+            values = raw.astype(F32) * np.float32(2.0**exponent)
+            return Blocks(counts, _finite(values), width, exponent)
 
 
 def _finite(values: Flat) -> Flat:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedalgos.method import Assignment, Batch, Contribution, Method, Oracle, Vector, Work
 from fedalgos.space import ParamSpace
-from protocol import noise, payload
+from protocol import kernels, payload
 from protocol.messages import TensorInfo
 from protocol.noise import Direction
 from protocol.payload import Flat, Payload
@@ -34,6 +34,9 @@ class Numpy(ABC):
     @abstractmethod
     def gradient(self, x: Exact, batch: Batch) -> Exact: ...
 
+    def start(self, x: Flat) -> Vector:
+        return np.array(x, np.float32)
+
     def array(self, x: Flat) -> Vector:
         return np.array(x, np.float32)
 
@@ -52,13 +55,13 @@ class Numpy(ABC):
         return self.loss(x, batch), float(g @ direction.dense(len(x)).astype(np.float64))
 
     def losses(
-        self, x: Vector, direction: Direction, eps: float, batch: Batch
-    ) -> tuple[float, float]:
+        self, x: Vector, direction: Direction, offsets: Sequence[float], batch: Batch
+    ) -> tuple[float, ...]:
         wide, z = np.asarray(x, np.float64), direction.dense(len(x)).astype(np.float64)
-        return self.value(wide + eps * z, batch), self.value(wide - eps * z, batch)
+        return tuple(self.value(wide + s * z, batch) for s in offsets)
 
     def add_(self, x: Vector, alpha: float, direction: Direction) -> None:
-        noise.add_(x, alpha, direction)
+        kernels.add_direction_(x, alpha, direction)
 
 
 @dataclass(frozen=True)
@@ -134,29 +137,31 @@ def play(
     batches: Batches = lambda client, round: [None],
 ) -> Iterator[Round]:
     """Run rounds 1 to ``rounds`` as a coordinator and its nodes would, bytes and all."""
+    start = x
     state, published = method.init(x)
     if published is not None:
         x = method.apply(x, 0, over_the_wire(published))
         yield Round(0, x, published, state)
     for r in range(1, rounds + 1):
         state, step = method.aggregate(
-            state, x, r, _contributions(method, oracles, x, r, examples or {}, batches)
+            state, x, r, _contributions(method, state, oracles, x, r, examples or {}, batches)
         )
         step = over_the_wire(step)
-        x = method.apply(x, r, step)
+        x = method.apply(start if method.onto == "initial" else x, r, step)
         yield Round(r, x, step, state)
 
 
 def _contributions(
     method: Method[Any],
+    state: Any,
     oracles: Mapping[int, Oracle],
     x: Flat,
     round: int,
     examples: Mapping[int, int],
     batches: Batches,
 ) -> Iterator[Contribution]:
-    for a in method.plan(round, sorted(oracles)):
-        sent, _ = method.local(x, oracles[a.client], batches(a.client, round), Work(round, a))
+    for a in method.plan(state, round, sorted(oracles)):
+        sent, loss = method.local(x, oracles[a.client], batches(a.client, round), Work(round, a))
         got = over_the_wire(sent)
         assert method.accepts(a, got) is None
-        yield Contribution(a, examples.get(a.client, 1), got)
+        yield Contribution(a, examples.get(a.client, 1), got, loss)

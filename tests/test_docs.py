@@ -41,7 +41,7 @@ from protocol.messages import (
     ToCoordinator,
     ToNode,
 )
-from protocol.payload import Dense, Payload, Run, Scalars, Sparse, Spec, encode, spec_of
+from protocol.payload import Blocks, Dense, Payload, Run, Scalars, Sparse, Spec, encode, spec_of
 from protocol.process import INTERRUPTED
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -129,6 +129,8 @@ GOLDEN: dict[str, Message | Payload] = {
     "scalars": Scalars((Run(3, 2), Run(5, 1, 0.5)), VALUES),
     "sparse, bitmap": Sparse(20, np.array([0, 9, 19]), VALUES),
     "sparse, u32": Sparse(300, np.array([0, 258, 299]), VALUES),
+    "blocks, f32": Blocks.of(np.array([2, 1]), VALUES, "f32"),
+    "blocks, f16": Blocks.of(np.array([2, 1]), VALUES, "f16"),
     "dense": Dense(VALUES, (0, 2)),
 }
 

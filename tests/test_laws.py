@@ -11,15 +11,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedalgos.baffle import Baffle
+from fedalgos.decomfl import DeComFL
 from fedalgos.fedavg import FedAvg
+from fedalgos.fedkseed import FedKSeed
 from fedalgos.fedmezo import FedMezo
+from fedalgos.ferret import Ferret
 from fedalgos.flasc import Flasc
 from fedalgos.method import Contribution, Method, Work
 from fedalgos.optim import Adam, Moments, Sgd, Yogi
 from fedalgos.registry import AnySettings, build
 from fedalgos.space import ParamSpace, digest
 from fedalgos.spry import Spry
-from protocol.payload import Dense, Flat, Payload, Run, Scalars, Sparse, decode, encode, spec_of
+from protocol.payload import (
+    Blocks,
+    Dense,
+    Flat,
+    Payload,
+    Run,
+    Scalars,
+    Sparse,
+    decode,
+    encode,
+    spec_of,
+)
 from protocol.wire import RemoteProtocolError
 from tests.oracles import Quadratic, over_the_wire, play, space_of, towards
 
@@ -48,6 +63,18 @@ ROWS: dict[str, Row] = {
     "fedavg, momentum": row(FedAvg(steps=STEPS, server=Sgd(lr=0.5, momentum=0.5))),
     "fedmezo, scalars": row(FedMezo(steps=STEPS, lr=0.02)),
     "fedmezo, weights": row(FedMezo(steps=STEPS, lr=0.02, wire="weights")),
+    "fedmezo, five-round": row(FedMezo(steps=STEPS, lr=0.02, signal="five-round")),
+    "fedmezo, model-diff": row(FedMezo(steps=STEPS, lr=0.02, signal="model-diff")),
+    "fedkseed": row(FedKSeed(steps=STEPS, lr=0.02, candidates=32)),
+    "fedkseed, few": row(FedKSeed(steps=STEPS, lr=0.02, candidates=4096)),
+    "fedkseed, pro": row(FedKSeed(steps=STEPS, lr=0.02, candidates=32, pro=True)),
+    "decomfl": row(DeComFL(steps=STEPS, lr=0.05, perturbations=2)),
+    "decomfl, forward": row(DeComFL(steps=STEPS, lr=0.05, perturbations=2, scheme="forward")),
+    "baffle": row(Baffle(steps=STEPS, lr=0.3, perturbations=6)),
+    "ferret": row(Ferret(steps=STEPS, local=Sgd(lr=0.05), projections=8)),
+    "ferret, as coded": row(
+        Ferret(steps=STEPS, local=Sgd(lr=0.05), projections=8, scale="code", coding="f16", lr=3.0)
+    ),
     "spry, M < U": row(Spry(steps=STEPS, local=Sgd(lr=0.02), server=Sgd(lr=1.0))),
     "spry, M > U": row(Spry(steps=STEPS, local=Sgd(lr=0.02), server=Sgd(lr=1.0)), ONE),
     "spry, K = 4, yogi": row(
@@ -64,8 +91,9 @@ ROWS: dict[str, Row] = {
     ),
     "flasc, a quarter": row(Flasc(steps=STEPS, local=Sgd(lr=0.1), server=Sgd(lr=0.5))),
 }
-DRAWS = {name for name in ROWS if name.startswith(("fedmezo", "spry"))}
+DRAWS = {name for name in ROWS if not name.startswith(("fedavg", "flasc"))}
 ABSOLUTE = {name for name in ROWS if name.startswith(("fedavg", "flasc", "fedmezo, weights"))}
+FROM_START = {name for name in ROWS if name.startswith("fedkseed")}
 each_method = pytest.mark.parametrize("made", [r(SEED) for r in ROWS.values()], ids=ROWS.keys())
 each_row = pytest.mark.parametrize("name", ROWS)
 
@@ -90,7 +118,7 @@ def frozen(x: Flat) -> Flat:
 def contributions(made: Made, x: Flat, round: int = 1) -> list[Contribution]:
     """What the two clients send, each after local training from ``x``."""
     out = []
-    for a in made.method.plan(round, list(CLIENTS)):
+    for a in made.method.plan(made.method.init(x)[0], round, list(CLIENTS)):
         sent, loss = made.method.local(x, CLIENTS[a.client], batches(0, 0), Work(round, a))
         assert np.isfinite(loss)
         out.append(Contribution(a, EXAMPLES[a.client], sent))
@@ -115,6 +143,8 @@ def bits(value: object) -> object:
         return {k: bits(v) for k, v in value.items()}
     if hasattr(value, "__dataclass_fields__"):
         return {name: bits(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, float):
+        return value.hex()
     return value
 
 
@@ -134,7 +164,7 @@ def freeze(value: object) -> None:
 @settings(max_examples=20)
 @given(cohort=st.lists(st.integers(0, 99), min_size=1, max_size=9, unique=True))
 def test_plan_gives_each_client_once_and_covers_every_unit(made: Made, cohort: list[int]) -> None:
-    plan = made.method.plan(1, cohort)
+    plan = made.method.plan(made.method.init(START)[0], 1, cohort)
     assert [a.client for a in plan] == cohort
     everything = set(range(len(made.space.units)))
     held = [set(a.units) or everything for a in plan]
@@ -167,12 +197,21 @@ def others(payload: Payload) -> Iterator[Payload]:
             yield Scalars((Run(run.client + 1, n),), v)
             yield Scalars((Run(run.client, n, 2.0),), v)
             yield Scalars((run, run), np.append(v, v))
+            yield Scalars((Run(run.client, n, 1.0, 2.0),), v)
+        case Blocks(counts=counts, coding=coding):
+            yield Blocks(counts[:-1], v[: -counts[-1]], coding)
+            yield Blocks(np.append(counts, 2), np.append(v, v[:2]), coding)
+            yield Blocks(np.full_like(counts, 9), np.resize(v, 9 * len(counts)), coding)
+            yield Blocks(np.full_like(counts, 1), np.resize(v, len(counts)), coding)
+            yield Blocks(counts, v, "f32" if coding == "f16" else "f16")
     if not isinstance(payload, Dense):
         yield Dense(v)
     if not isinstance(payload, Sparse):
         yield Sparse(n, np.arange(n), v)
     if not isinstance(payload, Scalars):
         yield Scalars((Run(3, n),), v)
+    if not isinstance(payload, Blocks):
+        yield Blocks(np.array([n]), v)
 
 
 @each_method
@@ -210,6 +249,8 @@ def owned(payload: Payload) -> Payload:
             return Sparse(size, places.copy(), v.copy())
         case Scalars(runs=runs, values=v):
             return Scalars(runs, v.copy())
+        case Blocks(counts=counts, values=v, coding=coding, exponent=exponent):
+            return Blocks(counts, v.copy(), coding, exponent)
 
 
 @each_method
@@ -269,12 +310,13 @@ def test_apply_mutates_nothing_keeps_float32_and_is_deterministic(made: Made) ->
 @each_row
 def test_a_step_gives_the_same_from_any_start_where_it_is_said_to_be_absolute(name: str) -> None:
     made = ROWS[name](SEED)
-    assert made.method.absolute == (name in ABSOLUTE)
+    onto = "nothing" if name in ABSOLUTE else "initial" if name in FROM_START else "previous"
+    assert made.method.onto == onto
     state, x, _, _ = one_round(made)
     for answers in (contributions(made, x), contributions(made, x)[:1]):
         _, step = made.method.aggregate(state, x, 1, answers)
         here, there = (made.method.apply(a, 1, step) for a in (x, -7 * x + 1))
-        if made.method.absolute:
+        if onto == "nothing":
             assert here.tobytes() == there.tobytes()
 
 
@@ -284,10 +326,12 @@ def test_a_replica_that_replays_all_steps_equals_the_coordinator_to_the_bit(name
     online = list(play(made.method, CLIENTS, START, 5, examples=EXAMPLES, batches=batches))
     x = START
     for r in online:
-        x = replica.apply(x, r.round, over_the_wire(r.step))
+        base = START if replica.onto == "initial" else x
+        x = replica.apply(base, r.round, over_the_wire(r.step))
         assert digest(x) == digest(r.x)
-    if replica.absolute:
-        assert digest(replica.apply(0 * START, 5, online[-1].step)) == digest(x)
+    if replica.absolute:  # the last step says all
+        base = START if replica.onto == "initial" else 0 * START
+        assert digest(replica.apply(base, 5, online[-1].step)) == digest(x)
 
 
 @each_method

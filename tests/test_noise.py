@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 from statistics import NormalDist
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,8 +16,21 @@ from hypothesis import strategies as st
 
 import protocol
 from protocol import noise
-from protocol.noise import Direction, key, permutation, philox, rademachers, uniforms
-from protocol.payload import Flat
+from protocol.noise import (
+    PIECE,
+    Direction,
+    Doubles,
+    Flat,
+    Keys,
+    Kind,
+    key,
+    permutation,
+    philox,
+    rademachers,
+    uniforms,
+)
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # --- Philox itself ---------------------------------------------------------------
 
@@ -60,10 +74,22 @@ NORMALS = "be6baf3e69f63ebf108e723f56a0bf3eaa3debbde652293f3a4b85bff9fda73f"
 UNIFORMS = "005d3bbf00570b3f00d2afbe004d35bf"
 SIGNS = "+ - + + - + - + - +"
 PERMUTATION = "0 2 1 3 4 7 8 9 5 6"
+OTHER = KEYS["direction", 0]  # x below is the uniform stream of this key
+ADDED = "c3b014bfb2fc72bd8f25b33d8b0f263d301308bf7e4862bf59726a3fbd6893bf"
+# Of these elements, as the sum in plain order, of lanes before pieces, and the exact one differ.
+DOT = "-0x1.d6fafbf11025dp+7"
 
 
 def hexed(bits: np.ndarray[tuple[int, ...], np.dtype[np.uint16]]) -> str:
     return " ".join(f"{b:04x}" for b in bits.tolist())
+
+
+def keyed(*values: int) -> Keys:
+    return np.array(values, np.uint64)
+
+
+def dot(x: Flat, start: int, k: int, kind: Kind) -> float:
+    return float(noise.total(noise.dots(x, start, keyed(k), kind))[0])
 
 
 def test_golden_vectors() -> None:
@@ -74,12 +100,18 @@ def test_golden_vectors() -> None:
     assert uniforms(KEY, 0, 4).tobytes().hex() == UNIFORMS
     assert " ".join("+" if s == 1 else "-" for s in rademachers(KEY, 0, 10).tolist()) == SIGNS
     assert " ".join(map(str, permutation(KEY, 10).tolist())) == PERMUTATION
+    x = uniforms(OTHER, 65530, 65538)
+    noise.add(x, 65530, keyed(KEY, OTHER), np.array([0.1, -0.01], np.float32), "normal")
+    assert x.tobytes().hex() == ADDED
+    x = uniforms(OTHER, 64000, 132000)
+    assert dot(x, 64000, KEY, "normal").hex() == DOT
 
 
 def test_the_specification_states_the_same_vectors() -> None:
     page = Path("docs/noise.md").read_text()
     stated = set(re.findall(r"`([^`]+)`", page))
     assert {BITS, FAR_BITS, NORMALS, UNIFORMS, SIGNS, PERMUTATION, noise.STREAM} <= stated
+    assert {ADDED, DOT} <= stated
     assert {f"0x{value:016x}" for value in KEYS.values()} <= stated
     words = [" ".join(f"{w:08x}" for w in part) for row in KNOWN for part in row]
     assert all(w in page for w in words)
@@ -115,6 +147,7 @@ def element(k: int, i: int) -> int:
 
 
 keys = st.integers(0, 2**64 - 1)
+kinds = st.sampled_from(KINDS)
 
 
 @given(keys, st.integers(0, 2**60))
@@ -180,8 +213,11 @@ N = 1 << 18
 Wide = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
-def sample(*fields: int) -> Wide:
-    return noise.normals(key("direction", *fields), 0, N).astype(np.float64)
+VARIANCE: dict[Kind, float] = {"normal": 1, "uniform": 1 / 3, "sign": 1}
+
+
+def sample(*fields: int, kind: Kind = "normal", size: int = N) -> Wide:
+    return noise.stream(kind, key("direction", *fields), 0, size).astype(np.float64)
 
 
 def within(estimate: float, truth: float, standard_error: float) -> None:
@@ -200,25 +236,67 @@ def test_moments() -> None:
         within(float(np.mean(z[i::8] ** 2)), 1, (16 / N) ** 0.5)
 
 
+def test_moments_of_the_uniform() -> None:
+    u = sample(0, kind="uniform")
+    for part in (u, *(u[i::8] for i in range(8))):
+        within(float(np.mean(part)), 0, (1 / 3 / len(part)) ** 0.5)
+        within(float(np.mean(part**2)), 1 / 3, (4 / 45 / len(part)) ** 0.5)
+    within(float(np.mean(u**3)), 0, (1 / 7 / N) ** 0.5)
+    within(float(np.mean(u**4)), 1 / 5, (16 / 225 / N) ** 0.5)
+    assert -1 < u.min() < -0.9999
+    assert 0.9999 < u.max() < 1
+
+
+def test_moments_of_the_sign() -> None:
+    s = sample(0, kind="sign")
+    assert set(s.tolist()) == {-1, 1}  # so the variance is 1
+    for part in (s, *(s[i::8] for i in range(8))):
+        within(float(np.mean(part)), 0, len(part) ** -0.5)
+
+
+def test_the_tail_holds_as_many_normals_as_the_table_says() -> None:
+    size = 1 << 20
+    z, upper = sample(4, size=size), table().astype(np.float64)
+    tails = {c: float(np.mean(upper > c)) / 2 for c in (2, 3, 4)}  # 0.0228, 0.00135, 0.00003
+    for sigmas, p in tails.items():
+        se = (p * (1 - p) / size) ** 0.5
+        within(float(np.mean(z > sigmas)), p, se)
+        within(float(np.mean(z < -sigmas)), p, se)
+    assert tails[4] * size > 30  # of which a stream without a tail would have none
+
+
+def test_the_uniform_fills_its_range_evenly() -> None:
+    counts, _ = np.histogram(sample(5, kind="uniform"), 256, (-1, 1))
+    chi2 = float(np.sum((counts - N / 256) ** 2 / (N / 256)))
+    within(chi2, 255, (2 * 255) ** 0.5)
+
+
 def test_every_bit_is_fair() -> None:
     b = noise.bits(key("direction", 1), 0, N)
     for bit in range(16):
         within(float(np.mean(b >> bit & 1)), 0.5, 0.5 * N**-0.5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 7, 8, 16])
-def test_elements_do_not_correlate_with_their_neighbours(lag: int) -> None:
-    z = sample(2)
-    within(float(np.mean(z[lag:] * z[:-lag])), 0, N**-0.5)
+def test_elements_do_not_correlate_with_their_neighbours(lag: int, kind: Kind) -> None:
+    z = sample(2, kind=kind)
+    within(float(np.mean(z[lag:] * z[:-lag])), 0, VARIANCE[kind] * N**-0.5)
 
 
-def test_neighbouring_keys_do_not_correlate() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_neighbouring_keys_do_not_correlate(kind: Kind) -> None:
     """Not for hashed keys, nor for raw ones that differ in one bit."""
-    streams = [sample(7, 3), sample(7, 4), sample(8, 3), sample(3, 7)]
-    streams += [noise.normals(k, 0, N).astype(np.float64) for k in (0, 1, 1 << 32, 1 << 63)]
+    hashed = [(7, 3), (7, 4), (8, 3), (3, 7)]
+    streams = [sample(*f, kind=kind) for f in hashed]
+    streams += [noise.stream(kind, k, 0, N).astype(np.float64) for k in (0, 1, 1 << 32, 1 << 63)]
+    variance = VARIANCE[kind]
+    of_square = {"normal": 2.0, "uniform": 4 / 45, "sign": 0.0}[kind]  # its variance
     for a, b in itertools.combinations(streams, 2):
-        within(float(np.mean(a * b)), 0, N**-0.5)
-        within(float(np.mean((a**2 - 1) * (b**2 - 1))), 0, 2 * N**-0.5)
+        within(float(np.mean(a * b)), 0, variance * N**-0.5)
+        if of_square:
+            squares = (a**2 - variance) * (b**2 - variance)
+            within(float(np.mean(squares)), 0, of_square * N**-0.5)
 
 
 fields = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6).map(tuple)
@@ -249,49 +327,136 @@ def test_keys_are_not_sums_of_their_fields() -> None:
 # --- directions ------------------------------------------------------------------
 
 
-@given(keys, st.lists(st.integers(0, 30), min_size=2, max_size=8), st.integers(1, 16))
+@given(keys, st.lists(st.integers(0, 30), min_size=2, max_size=8), kinds)
 def test_a_direction_is_the_stream_on_its_ranges_and_zero_elsewhere(
-    k: int, lengths: list[int], span: int
+    k: int, lengths: list[int], kind: Kind
 ) -> None:
     cuts = list(itertools.accumulate(lengths))
     ranges = tuple(zip(cuts[::2], cuts[1::2], strict=False))
     size = cuts[-1] + 3
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noise, "SPAN", span)  # it bounds memory and does not change a bit
-        dense = Direction(k, ranges).dense(size)
+    dense = Direction(k, ranges, kind).dense(size)
     expected = np.zeros(size, np.float32)
-    whole = noise.normals(k, 0, size)
+    whole = {"normal": noise.normals, "uniform": uniforms, "sign": rademachers}[kind](k, 0, size)
     for a, b in ranges:
         expected[a:b] = whole[a:b]
     assert dense.dtype == np.float32
     assert dense.tobytes() == expected.tobytes()
 
 
-def test_spans_are_bounded_and_in_order() -> None:
-    size = noise.SPAN + 100
-    spans = [s for s, z in Direction(0, ((5, size),)).spans() if len(z) == s.stop - s.start]
-    assert spans == [slice(5, noise.SPAN + 5), slice(noise.SPAN + 5, size)]
+def test_a_direction_is_normal_unless_it_says_otherwise() -> None:
+    assert Direction(KEY, ((0, 8),)).dense(8).tobytes().hex() == NORMALS
 
 
-@given(keys, st.floats(-10, 10), st.integers(0, 2**32))
-def test_add_equals_dense_arithmetic_to_the_bit(k: int, alpha: float, seed: int) -> None:
-    x = np.random.default_rng(seed).normal(size=100).astype(np.float32)
-    direction = Direction(k, ((3, 40), (61, 100)))
-    expected = x + np.float32(alpha) * direction.dense(100)
-    y = x.copy()
-    noise.add_(x, alpha, direction)
-    noise.add_(y, np.float64(alpha), direction)  # a numpy scalar must not widen the product
-    assert x.tobytes() == y.tobytes() == expected.tobytes()
+# --- adding, shifting, scalar products -------------------------------------------
+
+
+def draw(seed: int, size: int) -> Flat:
+    return np.random.default_rng(seed).normal(size=size).astype(np.float32)
+
+
+seeds = st.integers(0, 2**32)
+starts = st.one_of(st.integers(0, 2**40), st.just(1 << 35), st.just(PIECE)).map(
+    lambda middle: max(0, middle - 20)  # so that the elements cross it
+)
+
+
+@given(st.lists(st.tuples(keys, st.floats(-10, 10)), max_size=3), starts, seeds, kinds)
+def test_add_is_one_product_and_sum_after_the_other(
+    terms: list[tuple[int, float]], start: int, seed: int, kind: Kind
+) -> None:
+    x = draw(seed, 50)
+    expected = x.copy()
+    for k, alpha in terms:
+        expected = expected + np.float32(alpha) * noise.stream(kind, k, start, start + 50)
+    alphas = np.array([alpha for _, alpha in terms], np.float32)
+    noise.add(x, start, keyed(*(k for k, _ in terms)), alphas, kind)
+    assert x.tobytes() == expected.tobytes()
 
 
 def test_add_rounds_the_product_and_then_the_sum() -> None:
     """A fused multiply-add, and one in float64, would differ in about every third element."""
-    x = uniforms(1, 0, 4096)
-    direction, alpha = Direction(2, ((0, 4096),)), 0.1
-    z = direction.dense(4096).astype(np.float64)
-    product = (float(np.float32(alpha)) * z).astype(np.float32)  # 48 bits: exact before rounding
+    x, alpha = uniforms(1, 0, 4096), np.array([0.1], np.float32)
+    z = noise.normals(2, 0, 4096).astype(np.float64)
+    product = (float(alpha[0]) * z).astype(np.float32)  # 48 bits: exact before rounding
     expected = (x.astype(np.float64) + product).astype(np.float32)  # likewise
-    fused = (x.astype(np.float64) + float(np.float32(alpha)) * z).astype(np.float32)
-    noise.add_(x, alpha, direction)
+    fused = (x.astype(np.float64) + float(alpha[0]) * z).astype(np.float32)
+    noise.add(x, 0, keyed(2), alpha, "normal")
     assert x.tobytes() == expected.tobytes()
     assert np.mean(expected != fused) > 0.05
+
+
+@given(keys, starts, st.lists(st.floats(-10, 10), max_size=3), seeds, kinds)
+def test_shifted_is_add_without_touching_x(
+    k: int, start: int, offsets: list[float], seed: int, kind: Kind
+) -> None:
+    x, by = draw(seed, 50), np.array(offsets, np.float32)
+    before, out = x.copy(), np.full((len(by), 50), np.nan, np.float32)
+    noise.shifted(x, start, k, by, out, kind)
+    assert x.tobytes() == before.tobytes()
+    for i in range(len(by)):
+        noise.add(x, start, keyed(k), by[i : i + 1], kind)
+        assert out[i].tobytes() == x.tobytes()
+        x[:] = before
+
+
+@given(keys, st.integers(0, 100), st.integers(0, 100), st.integers(1, 40), seeds)
+def test_pieces_bound_memory_and_change_no_bit_of_a_sum_or_a_shift(
+    k: int, start: int, size: int, piece: int, seed: int
+) -> None:
+    x, by, drawn = draw(seed, size), np.array([0.3, -2], np.float32), []
+    shifts, in_pieces = (np.empty((2, size), np.float32) for _ in range(2))
+    noise.shifted(x, start, k, by, shifts, "normal")
+    original = noise.stream
+
+    def stream(kind: Kind, key: int, first: int, last: int) -> Flat:
+        drawn.append((first, last))
+        return original(kind, key, first, last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "PIECE", piece)
+        patch.setattr(noise, "stream", stream)
+        noise.shifted(x, start, k, by, in_pieces, "normal")
+        noise.add(x, start, keyed(k), by[:1], "normal")
+        assert len(drawn) == 2 * noise.num_pieces(start, size)
+    assert in_pieces.tobytes() == shifts.tobytes()
+    assert x.tobytes() == shifts[0].tobytes()
+    assert all(first // piece == (last - 1) // piece for first, last in drawn)
+
+
+@given(keys, starts, seeds, kinds)
+def test_the_specification_read_literally_gives_the_same_scalar_product(
+    k: int, start: int, seed: int, kind: Kind
+) -> None:
+    x = draw(seed, 50) ** 9  # of many magnitudes, so that each order has its own rounding
+    by_piece: dict[int, list[float]] = {}
+    for i, value in enumerate(x.tolist(), start):
+        lanes = by_piece.setdefault(i // 65536, [0.0] * 8)
+        lanes[i % 8] += value * float(noise.stream(kind, k, i, i + 1)[0])
+    expected = 0.0
+    for lanes in by_piece.values():
+        in_piece = 0.0
+        for lane in lanes:
+            in_piece += lane
+        expected += in_piece
+    assert dot(x, start, k, kind) == expected
+
+
+@given(st.lists(keys, max_size=3), st.integers(0, 90), st.integers(0, 90), st.data())
+def test_scalar_products_of_whole_pieces_follow_each_other(
+    ks: list[int], start: int, size: int, data: st.DataObject
+) -> None:
+    """So threads may share them, and the sum is that of one thread."""
+    x = draw(1, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "PIECE", 16)
+        cut = 16 * data.draw(st.integers(-(-start // 16), (start + size) // 16 + 1)) - start
+        whole: Doubles = noise.dots(x, start, keyed(*ks), "normal")
+        parts = [
+            noise.dots(x[:cut], start, keyed(*ks), "normal"),
+            noise.dots(x[cut:], start + cut, keyed(*ks), "normal"),
+        ]
+    assert whole.shape == (len(whole), len(ks), 8)
+    assert np.concatenate(parts).tobytes() == whole.tobytes()
+    assert noise.total(whole).shape == (len(ks),)
+    by_hand = [np.dot(x.astype(np.float64), noise.normals(k, start, start + size)) for k in ks]
+    np.testing.assert_allclose(noise.total(whole), by_hand, rtol=1e-9, atol=1e-9)

@@ -14,7 +14,7 @@ from node.data import Examples
 from node.model import TrainedModel
 from node.oracle import TorchOracle
 from node.task import Batch, TextTask
-from protocol import noise
+from protocol import kernels
 from protocol.experiment import Data, Model, Peft
 from protocol.noise import Direction
 from protocol.payload import Flat
@@ -51,7 +51,7 @@ def loaded(name: str) -> tuple[TrainedModel, TextTask, TorchOracle, Flat]:
 def at(name: str, seed: int = 1) -> Flat:
     """A point where every trained number matters."""
     x = loaded(name)[3].copy()
-    noise.add_(x, 0.3, Direction(seed, ((0, len(x)),)))
+    kernels.add_direction_(x, 0.3, Direction(seed, ((0, len(x)),)))
     return x
 
 
@@ -140,7 +140,7 @@ def test_jvp_along_nothing_is_zero() -> None:
 def test_losses_are_those_of_the_two_points(name: str) -> None:
     oracle = loaded(name)[2]
     x, direction = at(name), Direction(3, ((0, 50),))
-    plus, minus = oracle.losses(oracle.array(x), direction, 0.1, batch(name))
+    plus, minus = oracle.losses(oracle.array(x), direction, (0.1, -0.1), batch(name))
     z = direction.dense(len(x))
     step = np.float32(0.1) * z
     assert plus == oracle.loss(oracle.array(x + step), batch(name))
@@ -156,7 +156,7 @@ def test_nothing_that_is_asked_changes_x(name: str) -> None:
     oracle.loss(x, batch(name))
     oracle.grad(x, batch(name))
     oracle.jvp(x, direction, batch(name))
-    oracle.losses(x, direction, 0.1, batch(name))
+    oracle.losses(x, direction, (0.1, -0.1), batch(name))
     assert oracle.numpy(x).tobytes() == before
 
 
@@ -175,7 +175,7 @@ def test_add_is_the_reference_arithmetic_and_changes_x_alone() -> None:
     vector = oracle.array(x)
     oracle.add_(vector, -0.123456789, direction)
     expected = x.copy()
-    noise.add_(expected, -0.123456789, direction)
+    kernels.add_direction_(expected, -0.123456789, direction)
     assert oracle.numpy(vector).tobytes() == expected.tobytes()
     assert oracle.numpy(vector).tobytes() != x.tobytes()
 

@@ -480,7 +480,7 @@ def test_an_update_for_another_nodes_client_is_dropped(make: Make) -> None:
 def test_garbage_is_survived_and_counted(make: Make) -> None:
     run = make()
     a, *_ = two_nodes(run)
-    garbage: list[Frames] = [[], [b""], [b"\x01", b"\xff"], [b"\x01", b"\xc1", b"x"], [b"\x01"] * 9]
+    garbage: list[Frames] = [[], [b""], [b"\x02", b"\xff"], [b"\x02", b"\xc1", b"x"], [b"\x02"] * 9]
     for frames in garbage:
         run.net.deliver(0.15, a.peer, frames)
         run.net.deliver(0.15, b"a stranger", frames)

@@ -275,7 +275,7 @@ def test_a_heartbeat_says_what_it_is_busy_with_while_it_works(c: Coordinator) ->
 def test_garbage_and_rejections_are_survived(c: Coordinator) -> None:
     c.start().welcome()
     c.expect(Ready)
-    for frames in ([b"\x01"], [b"\x01", b"\xc1"], [b""] * 5):
+    for frames in ([b"\x02"], [b"\x02", b"\xc1"], [b""] * 5):
         assert c.router.send(c.peer, frames)
     c.say(Chunk(blob=9, offset=0), b"x")
     c.say(Reject(round=1, attempt=0, client=0, reason="after the deadline"))

@@ -41,7 +41,7 @@ def test_forward_gradient_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, jvp = TV1.jvp(X1, direction, None)
     assert [loss, jvp] == pytest.approx([1.495 - 0.75, -3.575])
     for h in (1e-2, 1.0):  # the central difference is exact on a quadratic
-        plus, minus = TV1.losses(X1, direction, h, None)
+        plus, minus = TV1.losses(X1, direction, (h, -h), None)
         assert (plus - minus) / (2 * h) == pytest.approx(-3.575)
     np.testing.assert_allclose(
         estimate(PLAIN, space_of(3), TV1, X1), [-3.575, -7.15, 3.575], rtol=1e-6
@@ -175,7 +175,7 @@ def test_with_more_clients_than_units_slots_start_over() -> None:
 
 
 def test_slots_follow_the_cohorts_order() -> None:
-    plan = spry(Spry(), space_of(1, 1, 1), 0).plan(3, [8, 2])
+    plan = spry(Spry(), space_of(1, 1, 1), 0).plan(State({}), 3, [8, 2])
     assert plan == (Assignment(8, (0, 2)), Assignment(2, (1,)))
 
 

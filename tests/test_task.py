@@ -30,8 +30,8 @@ TEXTS = ["short", "a text of middling length", "a text so long that it does not 
 EXAMPLES = Examples(TEXTS, np.array([0, 1, 1]))
 
 
-def _load(name: str, data: Data, *, jvp: bool = False) -> TrainedModel:
-    return model.load(Model(id=f"random:{name}"), Peft(), data, 2, jvp=jvp, device="cpu", seed=0)
+def _load(name: str, data: Data, peft: Peft = Peft(), *, jvp: bool = False) -> TrainedModel:
+    return model.load(Model(id=f"random:{name}"), peft, data, 2, jvp=jvp, device="cpu", seed=0)
 
 
 def _task(name: str, data: Data) -> tuple[TrainedModel, TextTask]:
@@ -120,32 +120,27 @@ def test_padding_does_not_change_an_examples_score(name: str, config: Data) -> N
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
 
 
-def test_prompt_scores_are_the_label_words_logits_at_the_last_position() -> None:
-    trained, task = _task("gpt2-tiny", PROMPT)
+@pytest.mark.parametrize(
+    ("name", "peft"),
+    [
+        ("gpt2-tiny", Peft()),
+        ("opt-tiny", Peft(kind="full")),
+        ("llama-tiny", Peft(targets=("lm_head",))),
+    ],
+    ids=["LoRA", "full", "LoRA on the head"],
+)
+def test_prompt_scores_are_the_label_words_logits_at_the_last_position(
+    name: str, peft: Peft
+) -> None:
+    trained = _load(name, PROMPT, peft)
     ids = trained.tokenizer("Review: short It was", return_tensors="pt")["input_ids"]
     words = [trained.tokenizer(word)["input_ids"][0] for word in PROMPT.words]
     with torch.inference_mode():
         expected = trained.model(ids).logits[:, -1, words]
+        task = TextTask(trained, PROMPT, ("0", "1"))  # from here on the head scores the words
         scores = task.logits(trained.model, task.encode(EXAMPLES.take([0])))
+        assert trained.model(ids).logits.shape == (1, len(words))
     torch.testing.assert_close(scores, expected)
-
-
-def test_only_the_last_position_reaches_the_output_head_and_the_model_is_left_as_it_was() -> None:
-    trained, task = _task("gpt2-tiny", PROMPT)
-    batch = task.encode(EXAMPLES)
-    rows, width = batch.inputs["input_ids"].shape
-    with torch.inference_mode():
-        whole = trained.model(**batch.inputs).logits
-        task.logits(trained.model, batch)
-        again = trained.model(**batch.inputs).logits
-    assert whole.shape[:2] == again.shape[:2] == (rows, width)
-
-    def broken(**_inputs: Any) -> Any:
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        task.logits(broken, batch)
-    assert not trained.core.get_output_embeddings()._forward_pre_hooks
 
 
 def test_a_batch_gathers_rows_by_number_and_pads_to_its_own_longest() -> None:

@@ -1,0 +1,1 @@
+"""Speed, measured: each module runs by itself and ends with one line of JSON."""
