@@ -37,7 +37,9 @@ DATA = Data(
 )
 
 
-def mezo_step(oracle: TorchOracle, w: torch.Tensor, batch: Batch, parts: list[torch.Tensor]) -> None:
+def mezo_step(
+    oracle: TorchOracle, w: torch.Tensor, batch: Batch, parts: list[torch.Tensor]
+) -> None:
     """As published: z is drawn four times, the weights are moved four times."""
 
     def move(scale: float) -> None:

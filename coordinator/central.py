@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from coordinator.history import History, Kept
+from coordinator.history import CatchUp, History, Kept
 from fedalgos.method import Assignment, Contribution, Method
 from fedalgos.space import ParamSpace, digest
 from protocol.messages import Step
@@ -64,13 +65,24 @@ class Central:
         """Whether these are parameters of this run: of a version up to now."""
         return 0 <= version <= self.version and self._digests[version] == digest
 
+    def catch_up(self, known: int) -> CatchUp:
+        """What brings a node from a version to the newest; below 0, it holds nothing of use."""
+        found = self.history.since(known, self.snapshot)
+        if known >= 0 or self._initial is None or self.version == 0:
+            return found
+        start = self._snapshot(self._initial, 0)  # which the newest step goes onto
+        return replace(found, kept=(start, *found.kept), is_snapshot=True)
+
     def snapshot(self) -> Kept:
         """The parameters themselves, as a step that any version can take."""
-        payload = Dense(self.x)
+        return self._snapshot(self.x, self.version)
+
+    def _snapshot(self, x: Flat, version: int) -> Kept:
+        payload = Dense(x)
         message = Step(
-            version=self.version,
+            version=version,
             round=0,
-            digest=self.digest,
+            digest=self._digests[version],
             snapshot=True,
             payload=spec_of(payload),
         )

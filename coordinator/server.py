@@ -36,6 +36,7 @@ from coordinator.events import (
     UpdateArrived,
 )
 from coordinator.events import Evaluate as EvaluateCommand
+from coordinator.history import CatchUp
 from coordinator.roster import Member, Roster
 from fedalgos import registry
 from fedalgos.method import Assignment, Contribution
@@ -74,6 +75,7 @@ class Recorder(Protocol):
     def scored(self, round: int, score: Score, digest: bytes) -> None: ...
     def rejected(self, reason: str) -> None: ...
     def resynced(self, member: Member, reason: str) -> None: ...
+    def caught_up(self, member: Member, known: int, version: int, catch_up: CatchUp) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -365,7 +367,7 @@ class Server:
             log.warning("%s; it gets a snapshot", reason)
             self._recorder.resynced(member, reason)
             known = -1
-        catch_up = central.history.since(known, central.snapshot)
+        catch_up = central.catch_up(known)
         for kept in catch_up.kept:
             self.desk.offer(member, kept)
         if catch_up.is_snapshot or central.version > known + 1:  # else it follows online

@@ -18,6 +18,7 @@ seeds cost nothing and the clients' coefficients add up.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
@@ -79,7 +80,7 @@ def cut(space: ParamSpace) -> tuple[tuple[int, int], ...]:
             size = 0
         size += n
     edges.append(space.size)
-    return tuple(zip(edges, edges[1:], strict=False))
+    return tuple(itertools.pairwise(edges))
 
 
 def allot(norms: Sequence[float], k: int) -> Counts:
@@ -125,8 +126,8 @@ def ferret(o: Ferret, space: ParamSpace, seed: int) -> Method[None]:
             return f"want blocks of {o.coding} coefficients"
         if len(payload.counts) != len(blocks):
             return f"another size: {len(payload.counts)} blocks, want {len(blocks)}"
-        if payload.counts.min() < LEAST or payload.counts.max() != o.projections:
-            return f"blocks of {LEAST} to {o.projections} coefficients, the largest of all"
+        if payload.counts.min() < LEAST or payload.counts.max() > o.projections:
+            return f"blocks of other than {LEAST} to {o.projections} coefficients"
         return None
 
     def aggregate(

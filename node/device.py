@@ -17,9 +17,7 @@ def add_(x: torch.Tensor, alpha: float, direction: Direction) -> None:
         kernels.add_direction_(x.numpy(), alpha, direction)  # shares the memory
         return
     for start, stop in direction.ranges:
-        _cuda().add_(
-            x[start:stop], [direction.key], [alpha], start=start, kind=direction.kind
-        )
+        _cuda().add_(x[start:stop], [direction.key], [alpha], start=start, kind=direction.kind)
 
 
 def shifted(

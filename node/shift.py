@@ -78,7 +78,7 @@ class Shifter:
         self._label_rows = label_rows
         self._pass: _Pass | None = None
         self._scratch = torch.empty(0)
-        self._nothing = nn.UninitializedParameter(requires_grad=False)  # type: ignore[no-untyped-call]
+        self._nothing = nn.UninitializedParameter(requires_grad=False)
         self._is_scratch_free = True
         self._sites = []
         for path, module in model.named_modules():
@@ -133,7 +133,8 @@ class Shifter:
         """No values in place of the trained ones: who reads them elsewhere, fails."""
         real = [dict(site.module._parameters) for site in self._sites]
         for site in self._sites:
-            site.module._parameters.update(dict.fromkeys(site.places, self._nothing))
+            nothing: Any = self._nothing
+            site.module._parameters.update(dict.fromkeys(site.places, nothing))
         try:
             yield
         finally:
@@ -218,7 +219,7 @@ class Shifter:
         return _Shifted(tensors, rows, set(range(count)))
 
     def _fill(self, p: _Pass, start: int, out: torch.Tensor) -> None:
-        """x + s z of the elements from ``start``, where the direction is not zero."""
+        """X + s z of the elements from ``start``, where the direction is not zero."""
         stop = start + out.shape[1]
         x = p.x[start:stop]
         if not any(a <= start and stop <= b for a, b in p.direction.ranges):

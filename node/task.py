@@ -210,7 +210,8 @@ class _LabelHead:
     """
 
     def __init__(self, head: nn.Module, words: torch.Tensor) -> None:
-        self._head, self._forward, self._words = head, head.forward, words
+        self._head: Any = head
+        self._forward, self._words = head.forward, words
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, words) from (n, length, hidden)."""
@@ -218,5 +219,5 @@ class _LabelHead:
         if type(self._head) is not nn.Linear:  # LoRA on the head, for one
             scores: torch.Tensor = self._forward(last)
             return scores.index_select(1, words)
-        bias = None if self._head.bias is None else self._head.bias[words]
-        return functional.linear(last, self._head.weight[words], bias)
+        weight, bias = self._head.weight, getattr(self._head, "bias", None)
+        return functional.linear(last, weight[words], None if bias is None else bias[words])

@@ -138,6 +138,8 @@ class Worker:
             if got != step.digest:
                 return self._sync(f"the digest of version {step.version} differs")
         self.x, self.version, self._digest, self._is_syncing = x, step.version, got, False
+        if self._initial is not None and step.version == 0:
+            self._initial = x  # ours was another: the coordinator's is what steps go onto
         return None
 
     def _sync(self, reason: str) -> Outcome | None:

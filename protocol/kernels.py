@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -106,7 +107,7 @@ def spread(work: Callable[[int, int], object], size: int, start: int = 0) -> Non
         min(max((first + noise.num_pieces(start, size) * t // count) * PIECE - start, 0), size)
         for t in range(count)
     ] + [size]
-    others = [_executor().submit(work, i, j) for i, j in zip(cuts[1:], cuts[2:], strict=False)]
+    others = [_executor().submit(work, i, j) for i, j in itertools.pairwise(cuts[1:])]
     work(cuts[0], cuts[1])
     for other in others:
         other.result()

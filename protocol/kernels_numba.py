@@ -14,7 +14,6 @@ from numba import njit
 from protocol import noise
 from protocol.noise import PIECE, Doubles, Flat, Keys, Kind
 
-
 GROUP = 256  # elements, 32 blocks of 8
 _BLOCKS = GROUP // noise.LANES
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

@@ -190,7 +190,7 @@ class Task(Message, frozen=True, kw_only=True, tag="task"):
     units: Annotated[
         tuple[Unit, ...], Meta(max_length=wire.MAX_ARRAY)
     ] = ()  # what to train; empty means everything
-    lr: Annotated[float, Meta(gt=0, le=1e6)] | None = None  # null: the method's own
+    lr: Annotated[float, Meta(gt=0, le=2e6)] | None = None  # null: the method's own
     picks: Annotated[tuple[Unit, ...], Meta(max_length=wire.MAX_ARRAY)] = ()  # see fedalgos
 
 

@@ -1,4 +1,4 @@
-"""What an update or a step carries: scalars, a sparse vector, or a dense one.
+"""What an update or a step carries: scalars, a sparse or dense vector, or scalars by block.
 
 Each kind has a *spec*, which travels in the message body and declares the size of
 the buffer before anything is encoded, and a value with numpy arrays.  ``encode``
@@ -143,7 +143,8 @@ class Blocks:
         exponent = int(np.clip(np.frexp(largest)[1], -100, 100)) if np.isfinite(largest) else 0
         scale = np.float32(2.0**exponent)  # a power of two: scaling is exact
         with np.errstate(over="ignore"):  # what does not fit becomes inf and is refused as such
-            return Blocks(counts, (values / scale).astype(F16).astype(F32) * scale, coding, exponent)
+            rounded = (values / scale).astype(F16).astype(F32) * scale
+        return Blocks(counts, rounded, coding, exponent)
 
 
 Payload = Scalars | Sparse | Dense | Blocks

@@ -9,7 +9,16 @@ from fedalgos.space import digest
 from fedalgos.zeroth import Scheme
 from protocol import noise
 from protocol.payload import Dense, Run, Scalars, spec_of
-from tests.oracles import Exact, Quadratic, contribution, f32, over_the_wire, play, space_of, towards
+from tests.oracles import (
+    Exact,
+    Quadratic,
+    contribution,
+    f32,
+    over_the_wire,
+    play,
+    space_of,
+    towards,
+)
 
 SEED, D = 5, 16
 SPACE = space_of(10, 6)
@@ -28,7 +37,9 @@ def z_of(round: int, k: int) -> Exact:
     return noise.normals(noise.key("direction", SEED, round, -1, 0, k), 0, D).astype(np.float64)
 
 
-def sent_by(method: Method[None], oracle: Quadratic, batches: list[object], client: int = 2) -> Scalars:
+def sent_by(
+    method: Method[None], oracle: Quadratic, batches: list[object], client: int = 2
+) -> Scalars:
     sent, _ = method.local(START, oracle, batches, Work(3, Assignment(client)))
     assert isinstance(sent, Scalars)
     assert method.accepts(Assignment(client), sent) is None

@@ -13,7 +13,16 @@ from fedalgos.zeroth import Scheme
 from protocol import noise
 from protocol.errors import ExperimentError
 from protocol.payload import Flat, Payload, Run, Scalars, spec_of
-from tests.oracles import Exact, Quadratic, contribution, f32, over_the_wire, play, space_of, towards
+from tests.oracles import (
+    Exact,
+    Quadratic,
+    contribution,
+    f32,
+    over_the_wire,
+    play,
+    space_of,
+    towards,
+)
 
 SEED, D = 5, 16
 SPACE = space_of(10, 6)
@@ -147,7 +156,9 @@ def test_bytes_both_ways_are_four_for_each_step_and_perturbation() -> None:
 
 def test_more_or_fewer_scalars_are_not_accepted() -> None:
     method = made(steps=5, perturbations=3)
-    said = [method.accepts(Assignment(0), Scalars((Run(0, n),), f32(*range(n)))) for n in (15, 5, 3)]
+    said = [
+        method.accepts(Assignment(0), Scalars((Run(0, n),), f32(*range(n)))) for n in (15, 5, 3)
+    ]
     assert said == [None, "another size: 5 scalars, want 15", "another size: 3 scalars, want 15"]
 
 

@@ -176,6 +176,8 @@ def written(value: object) -> str:
         return "required"
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, Struct):
         shown = {"kind": tag(type(value))} | {
             name: getattr(value, name)

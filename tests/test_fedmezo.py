@@ -65,6 +65,15 @@ def test_the_central_difference_of_a_quadratic_has_no_bias() -> None:
     assert 0.25 * z @ a @ z > 1  # so a one-sided difference would be far off
 
 
+@pytest.mark.parametrize("eps", [0.25, 2.0])
+def test_the_reported_loss_is_the_mean_over_the_two_points(eps: float) -> None:
+    """f = |x|^2 / 2 at 1: (16 + eps^2 |z|^2) / 2."""
+    method = fedmezo(FedMezo(eps=eps), SPACE, SEED)
+    _, loss = method.local(ONES, towards(0 * ONES), [None], Work(1, Assignment(0)))
+    z = z_of(1, 0, 0).astype(np.float64)
+    assert loss == pytest.approx((16 + eps**2 * z @ z) / 2, rel=1e-6)
+
+
 def test_every_step_of_every_client_and_round_has_its_own_direction_from_the_moved_point() -> None:
     c = np.arange(D, dtype=np.float32)
     method = fedmezo(FedMezo(lr=0.01, eps=0.1), SPACE, SEED)
@@ -159,7 +168,7 @@ def test_two_rounds_by_hand_in_plain_floats() -> None:
     x = START.astype(np.float64)
     for round, eta, got in [(1, dict.fromkeys(ORACLES, 0.02), first.x), (2, rates, second.x)]:
         ends = {c: descended(x, round, c, eta[c]) for c in ORACLES}
-        x = sum(n * ends[c] for c, n in EXAMPLES.items()) / 16
+        x = np.average([ends[c] for c in EXAMPLES], axis=0, weights=[1, 5, 10])
         np.testing.assert_allclose(got, x, atol=1e-5)
     assert max(rates.values()) / min(rates.values()) > 1.5
 

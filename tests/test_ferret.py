@@ -34,9 +34,7 @@ def u_of(round: int, block: int, k: int, start: int, stop: int) -> Exact:
     return noise.uniforms(key, start, stop).astype(np.float64)
 
 
-def sent_by(
-    method: Method[None], change: Flat, round: int = 1, x: Flat | None = None
-) -> Blocks:
+def sent_by(method: Method[None], change: Flat, round: int = 1, x: Flat | None = None) -> Blocks:
     """What a client sends whose one step of gradient descent is ``change``."""
     x = np.zeros_like(change) if x is None else x
     sent, _ = method.local(x, Quadratic(change), [None], Work(round, Assignment(0)))
@@ -92,9 +90,9 @@ def test_the_four_llamas_have_194_210_258_and_322_blocks(
         ((100, 4, 5, 4, 100), [100, 4, 5, 4, 100]),  # at most int(4.5)
         ((20, 9, 9, 20, 20, 8), [20, 9, 9, 20, 20, 8]),  # median 14.5, at most 13
         ((20, 9, 4, 20, 20, 20, 8, 10, 1), [20, 9, 4, 20, 20, 20, 8, 10, 1]),  # 10, at most 9
-        ((100, 10, 80, 100, 1, 100), [100, 90, 100, 1, 100]),  # at most 90, and 90 is not above
-        ((100, 11, 80, 100, 1, 100), [100, 11, 80, 100, 1, 100]),
-        ((100, 1, 2, 3, 100, 100, 1), [6, 100, 100, 1]),
+        ((100, 10, 80, 100, 1, 100, 100), [100, 90, 100, 1, 100, 100]),  # 90 is not above 90
+        ((100, 11, 80, 100, 100), [100, 11, 80, 100, 100]),  # 91 is
+        ((100, 1, 2, 3, 100, 100, 100, 1, 100), [100, 6, 100, 100, 100, 1, 100]),
         ((5,), [5]),
     ],
 )
@@ -120,7 +118,7 @@ def test_blocks_are_whole_tensors_and_cover_all_once_in_order(sizes: list[int]) 
     ("norms", "k", "counts"),
     [
         ((1, 0.5, 0.001, math.nan), 200, [200, 100, 2, 2]),
-        ((0.5, 0.25), 9, [9, 4]),  # the whole part
+        ((0.5, 0.25, 0.385), 10, [10, 5, 7]),  # the whole part of 7.7
         ((3, 3, 1), 10, [10, 10, 3]),
         ((1e-30, 1e-31), 100, [100, 10]),
         ((0, 0), 64, [2, 2]),
@@ -241,14 +239,14 @@ def test_a_step_on_the_sum_is_the_mean_of_the_clients_steps() -> None:
     )
 
 
-def test_nothing_is_carried_from_round_to_round() -> None:
+def test_no_momentum_is_carried_from_round_to_round() -> None:
     method = made(projections=8, local=Sgd(lr=0.1))
     assert method.init(START) == (None, None)
-    clients = {0: towards(START), 4: towards(-START)}
-    first, second = play(method, clients, START, 2)
+    first, second = play(method, {0: towards(-START)}, START, 2)
     assert (first.state, second.state) == (None, None)
-    third = play(made(projections=8, local=Sgd(lr=0.1)), {0: towards(first.x)}, first.x, 3)
-    assert {digest(r.x) for r in third} == {digest(first.x)} or True
+    sent = sent_by(made(projections=8), 0.1 * (first.x + START), round=2)
+    _, step = method.aggregate(None, first.x, 2, [given_by(sent)])
+    np.testing.assert_allclose(method.apply(first.x, 2, step), second.x, rtol=1e-4, atol=1e-5)
 
 
 def test_an_aggregate_of_no_updates_is_an_error() -> None:
@@ -258,18 +256,18 @@ def test_an_aggregate_of_no_updates_is_an_error() -> None:
 
 # --- what the reconstruction is worth -------------------------------------------------
 
-SIZES, K, ROUNDS = (20, 21, 22), 40, 150
+SIZES, K, ROUNDS = (20, 21, 22), 40, 100
 
 
 def samples(scale: str) -> tuple[Exact, Exact, Exact]:
     """Slope, relative squared error and cosine, each (rounds, blocks); K_l = 40, 20, 10."""
-    space = space_of(*SIZES)
-    rng = np.random.default_rng(0)
+    space, rng = space_of(*SIZES), np.random.default_rng(0)
     parts = [rng.normal(size=d) for d in SIZES]
-    deltas = [p / np.linalg.norm(p) / 2**b for b, p in enumerate(parts)]
+    norms = [1, 0.51, 0.26]  # a little above, as the whole part of K norm is taken
+    deltas = [n * p / np.linalg.norm(p) for n, p in zip(norms, parts, strict=True)]
     change = np.concatenate(deltas).astype(np.float32)
     method = made(space, projections=K, scale=scale)
-    assert sent_by(method, change).counts.tolist() in ([40, 20, 10], [40, 19, 10], [40, 20, 9])
+    assert sent_by(method, change).counts.tolist() == [40, 20, 10]
     out = []
     for round in range(1, ROUNDS + 1):
         found = rebuilt(method, change, round)
@@ -341,13 +339,15 @@ def test_an_update_is_two_bytes_a_block_and_two_or_four_a_coefficient(
     assert spec_of(sent).nbytes == spec_of(step).nbytes == 2 * 3 + width * (2 + 4 + 8)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e9])
+@pytest.mark.parametrize("size", [1e-15, 1e-7, 1.0, 1e9])
 def test_half_precision_keeps_eleven_bits_of_coefficients_of_any_size(size: float) -> None:
     change = (size * np.linspace(1, 3, 12)).astype(np.float32)
     full = sent_by(made(projections=8), change)
     half = over_the_wire(sent_by(made(projections=8, coding="f16"), change))
     assert isinstance(half, Blocks)
     assert half.coding == "f16"
+    assert half.counts.tolist() == full.counts.tolist()
+    assert half.counts.max() == 8
     largest = float(np.abs(full.values).max())
     error = np.abs(half.values.astype(np.float64) - full.values)
     assert (error <= np.maximum(np.abs(full.values) * 2.0**-11, largest * 2.0**-24)).all()

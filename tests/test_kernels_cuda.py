@@ -30,7 +30,7 @@ SPANS = {
     "odd": (3, 61, 1.0),
     "inside a block": (81, 5, 1.0),
     "one number": (13, 1, 1.0),
-    "two programs": (13, 1030, 1.0),
+    "two programs": (13, 1024, 1.0),  # two because of the start
     "across a piece": (3 * PIECE - 19, 45, 1.0),
     "across 2^35": (2**35 - 11, 40, 1.0),  # where the block's number needs a 33rd bit
     "past 2^35": (2**35 + 5 * PIECE + 3, 50, 1.0),

@@ -40,6 +40,12 @@ def test_losses_2_2_5_and_3_give_5e_6_1e_5_and_15e_6(signal: Signal) -> None:
     assert rates_of(losses(2.0, 2.5, 3.0), signal, [2, 0, 1]) == pytest.approx([15e-6, 5e-6, 1e-5])
 
 
+def test_the_spread_is_the_largest_part_of_eta_0_that_is_added_or_taken() -> None:
+    method = fedmezo(FedMezo(lr=0.8, spread=0.25, signal="round-wise"), SPACE, SEED)
+    plan = method.plan(losses(2.0, 2.5, 3.0), 7, [0, 1, 2])
+    assert [a.lr for a in plan] == pytest.approx([0.6, 0.8, 1.0])
+
+
 def test_the_widest_distance_from_the_mean_sets_the_scale_of_a_lopsided_cohort() -> None:
     """q = 0, 0, 0, 4, mean 1, widest 3: Phi = -1/3 and 1."""
     found = phi(losses(0, 0, 0, 4), "round-wise", SEED, 1, [0, 1, 2, 3])
@@ -73,7 +79,9 @@ def test_a_newcomer_has_eta_0_and_does_not_move_the_others(signal: Signal) -> No
 
 
 def test_only_the_cohort_counts() -> None:
-    assert rates_of(losses(2.0, 2.5, 3.0, 1e9), "round-wise", [0, 2]) == pytest.approx([5e-6, 15e-6])
+    assert rates_of(losses(2.0, 2.5, 3.0, 1e9), "round-wise", [0, 2]) == pytest.approx(
+        [5e-6, 15e-6]
+    )
 
 
 def test_round_wise_looks_at_the_last_loss_and_five_round_at_the_mean_of_five() -> None:
@@ -159,7 +167,9 @@ def test_the_distance_is_a_sum_of_norms_by_tensor_not_one_norm() -> None:
 def three() -> list[Contribution]:
     """Their weighted mean is zero, and so are the weights of client 2."""
     far = [f32(3, 4, 2), f32(-3, -4, -2), f32(0, 0, 0)]
-    return [contribution(Dense(w), c, n) for c, (w, n) in enumerate(zip(far, (1, 1, 2), strict=True))]
+    return [
+        contribution(Dense(w), c, n) for c, (w, n) in enumerate(zip(far, (1, 1, 2), strict=True))
+    ]
 
 
 def test_model_diff_by_hand_on_two_tensors() -> None:
@@ -186,7 +196,10 @@ def test_model_diff_from_scalars_by_hand() -> None:
 @pytest.mark.parametrize("signal", ["round-wise", "model-diff"])
 def test_aggregate_remembers_each_clients_loss(wire: str, signal: Signal) -> None:
     o = FedMezo(wire=wire, signal=signal, steps=1)  # type: ignore[arg-type]
-    sent = {c: Scalars((Run(c, 1),), f32(c)) if wire == "scalars" else Dense(f32(c, c, c)) for c in (2, 6)}
+    sent = {
+        c: Scalars((Run(c, 1),), f32(c)) if wire == "scalars" else Dense(f32(c, c, c))
+        for c in (2, 6)
+    }
     got = [Contribution(contribution(v, c).assignment, 1, v, 0.25 * c) for c, v in sent.items()]
     s, _ = fedmezo(o, SPACE, SEED).aggregate(Rates({6: (9.0,)}), f32(0, 0, 0), 1, got)
     assert s.losses == {2: (0.5,), 6: (9.0, 1.5)}

@@ -76,6 +76,14 @@ def test_paths_of_several_clients_end_at_their_weighted_mean(
     assert replay(f32(1, 2), paths).tolist() == [1.5, 5]
 
 
+def test_the_mean_is_summed_in_the_order_of_the_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1e20 - 1e20 + 1 is 1, and 1 - 1e20 + 1e20 is 0 in fp64."""
+    given_streams(monkeypatch, {1: f32(1)})
+    paths = [Path([1], f32(alpha)) for alpha in (1e20, -1e20, 1)]
+    assert replay(f32(0), paths).tolist() == [float(np.float32(1 / 3))]
+    assert replay(f32(0), paths[::-1]).tolist() == [0]
+
+
 def given_streams(monkeypatch: pytest.MonkeyPatch, by_key: dict[int, Flat]) -> None:
     monkeypatch.setattr(kernels, "choose", lambda num_draws: noise)
     monkeypatch.setattr(noise, "stream", lambda kind, key, i, j: by_key[key][i:j])

@@ -30,7 +30,10 @@ TEXTS = ["short", "a text of middling length", "a text so long that it does not 
 EXAMPLES = Examples(TEXTS, np.array([0, 1, 1]))
 
 
-def _load(name: str, data: Data, peft: Peft = Peft(), *, jvp: bool = False) -> TrainedModel:
+LORA = Peft()
+
+
+def _load(name: str, data: Data, peft: Peft = LORA, *, jvp: bool = False) -> TrainedModel:
     return model.load(Model(id=f"random:{name}"), peft, data, 2, jvp=jvp, device="cpu", seed=0)
 
 

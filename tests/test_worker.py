@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from peft import PeftModel
 
+from coordinator.central import Central
+from fedalgos.method import Assignment, Contribution
 from fedalgos.space import digest
 from node.engine import Outcome, Setup
 from node.worker import MAX_LOSS, Worker
@@ -153,3 +155,20 @@ def test_parameters_of_an_earlier_run_at_the_same_version_are_replaced(csv: Path
     ours = w.x + np.float32(2)
     assert w.run(*step_to(ours)) is None  # version 1 again, and other parameters
     np.testing.assert_array_equal(w.x, ours)
+
+
+def test_a_node_that_began_elsewhere_is_given_the_start_that_steps_go_onto(csv: Path) -> None:
+    """Of FedKSeed the newest step says all, but only to who has the run's own start."""
+    w = worker(csv, method="fedkseed", lr=0.5, candidates=8)
+    central = Central(w._method, w._space, w.x.copy())
+    scalars = payload.Scalars((payload.Run(0, 2),), np.ones(2, np.float32))
+    for round in (1, 2):
+        central.commit(round, [Contribution(Assignment(0), 8, scalars)])
+    (step,) = central.catch_up(1).kept
+    w.x = w._initial = w.x + np.float32(1)
+    assert "digest" in told(w.run(step.message, step.data), Sync).reason
+    start, newest = central.catch_up(-1).kept
+    assert (start.message.version, newest.message.version) == (0, 2)
+    assert w.run(start.message, start.data) is None
+    assert w.run(newest.message, newest.data) is None
+    assert (w.version, digest(w.x)) == (2, central.digest)

@@ -54,9 +54,7 @@ def test_a_linear_loss_gives_c_dot_z_for_both_schemes_and_any_eps(
 @each_scheme
 def test_one_step_of_0_1_from_0_on_the_linear_loss(scheme: Scheme) -> None:
     """x = -0.1 x 5.611686 z, z starting with -1.544580, -0.287027, 0.792847, 1.860479."""
-    end = walk(
-        LINEAR, 0 * ONES, [None], lambda _: [along(42)], 0.1, 1e-3, scheme, to_the_end=True
-    )
+    end = walk(LINEAR, 0 * ONES, [None], lambda _: [along(42)], 0.1, 1e-3, scheme, to_the_end=True)
     np.testing.assert_allclose(end.w[:4], [0.8667696, 0.1610707, -0.4449208, -1.0440425], rtol=1e-5)
 
 
