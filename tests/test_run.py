@@ -138,32 +138,45 @@ def test_same_experiment_twice_gives_the_same_digest_from_separate_processes(
     assert first["bytes"]["message_up"] == counted > first["bytes"]["payload_up"] > 0
 
 
-def test_fedmezo_as_scalars_and_as_weights_ends_at_the_same_parameters(
+def test_fedmezo_as_scalars_and_as_weights_ends_with_the_same_digest(
     experiment: Path, tmp_path: Path
 ) -> None:
-    method = 'method={name="fedmezo", lr=0.05, eps=0.01, steps=3, batch_size=4, wire="%s"}'
-    ends, sent = {}, {}
+    method = 'method={name="fedmezo", lr=0.05, eps=0.01, steps=3, batch_size=4, wire="%s", '
+    method += 'signal="round-wise"}'
+    ends = {}
     for wire in ("scalars", "weights"):
-        directory = tmp_path / wire
-        summary = run(experiment, directory, f"{method % wire}", "rounds.count=3")
-        ends[wire] = load_file(directory / "model" / "adapter_model.safetensors")
-        sent[wire] = summary["bytes"]["payload_up"]
-    for name, scalars in ends["scalars"].items():
-        np.testing.assert_allclose(scalars, ends["weights"][name], atol=1e-5, err_msg=name)
-    moved = [np.abs(x).max() for name, x in ends["scalars"].items() if "lora_B" in name]
+        ends[wire] = run(experiment, tmp_path / wire, f"{method % wire}", "rounds.count=3")
+    scalars, weights = ends["scalars"], ends["weights"]
+    assert scalars["digest"] == weights["digest"]
+    assert scalars["loss"] == weights["loss"]
+    lora = load_file(tmp_path / "scalars" / "model" / "adapter_model.safetensors")
+    moved = [np.abs(x).max() for name, x in lora.items() if "lora_B" in name]
     assert max(moved) > 1e-3  # B starts at zero: the two did not agree by standing still
-    assert sent["scalars"] == 3 * 4 * 3 * 4  # rounds, clients, steps, bytes
-    assert sent["weights"] > 50 * sent["scalars"]
+    assert scalars["bytes"]["payload_up"] == 3 * 4 * 3 * 4  # rounds, clients, steps, bytes
+    assert weights["bytes"]["payload_up"] > 50 * scalars["bytes"]["payload_up"]
 
 
-@pytest.mark.parametrize("name", ["spry", "flasc"])
+KINDS = {
+    "spry": ("", "lora"),
+    "flasc": ("", "lora"),
+    "fedkseed": ("steps=2, candidates=16, lr=0.01, pro=true", "full"),
+    "decomfl": ("steps=2, perturbations=3, lr=0.01", "full"),
+    "baffle": ("perturbations=3, lr=0.01", "lora"),
+    "ferret": ("projections=8, lr=0.001", "full"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_every_payload_kind_crosses_real_sockets(
     experiment: Path, tmp_path: Path, name: str
 ) -> None:
-    summary = run(experiment, tmp_path / name, f'method={{name="{name}", batch_size=4}}')
+    settings, peft = KINDS[name]
+    method = f'method={{name="{name}", batch_size=4, {settings}}}'.replace(", }", "}")
+    summary = run(experiment, tmp_path / name, method, f'peft={{kind="{peft}", rank=2}}')
     assert summary["method"] == name
     assert summary["resyncs"] == 0  # every replica agreed with every digest
     assert summary["rejected"] == {}
+    assert summary["loss"]["before"] != summary["loss"]["after"]
 
 
 def test_a_payload_over_1_mib_travels_in_chunks(experiment: Path, tmp_path: Path) -> None:

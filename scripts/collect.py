@@ -1,0 +1,82 @@
+"""From run directories to one JSON file, and from that to the table of the docs.
+
+    python scripts/collect.py runs/A runs/B ... > experiments/zeroth-order.json
+    python scripts/collect.py --table experiments/zeroth-order.json
+
+An entry is the run's summary without the parts that are of one machine's processes, and
+its curve: round, loss, accuracy, payload bytes and seconds at each evaluation.  The table
+has one row for each experiment name: the mean over its seeds, and the range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+KEEP = ("run", "status", "method", "model", "data", "seed", "rounds", "clients", "nodes")
+KEEP += ("trained_parameters", "metric", "loss", "bytes", "memory_bytes", "seconds", "digest")
+
+
+def entry(directory: Path) -> dict[str, Any]:
+    """What is kept of one run."""
+    summary = json.loads((directory / "summary.json").read_text())
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    curve = [
+        {
+            "round": line["round"],
+            "loss": line["test_loss"],
+            "accuracy": line["metric"],
+            "payload_bytes": line["bytes"]["payload_up"] + line["bytes"]["payload_down"],
+            "seconds": line["seconds_total"],
+        }
+        for line in lines
+        if "test_loss" in line
+    ]
+    return {key: summary[key] for key in KEEP} | {"curve": curve}
+
+
+def table(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown, one row an experiment."""
+    yield "| run | seeds | loss before | loss after | accuracy before | after | payload up, per client and round | down | seconds |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name in dict.fromkeys(e["run"] for e in entries):
+        runs = [e for e in entries if e["run"] == name]
+        per = [e["bytes"]["per_client_round"] for e in runs]
+        cells = [
+            name,
+            str(len(runs)),
+            _spread([e["loss"]["before"] for e in runs], ".3f"),
+            _spread([e["loss"]["after"] for e in runs], ".3f"),
+            _spread([100 * e["metric"]["before"] for e in runs], ".1f"),
+            _spread([100 * e["metric"]["after"] for e in runs], ".1f"),
+            _spread([p["payload_up"] for p in per], ",.0f"),
+            _spread([p["payload_down"] for p in per], ",.0f"),
+            _spread([e["seconds"]["total"] for e in runs], ".0f"),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _spread(values: list[float], form: str) -> str:
+    """Mean, and the range where there is one."""
+    mean = sum(values) / len(values)
+    low, high = (format(f(values), form) for f in (min, max))
+    return format(mean, form) if low == high else f"{mean:{form}} ({low} to {high})"
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", type=Path, help="a file made by this script")
+    parser.add_argument("directories", nargs="*", type=Path)
+    arguments = parser.parse_args()
+    if arguments.table:
+        print("\n".join(table(json.loads(arguments.table.read_text()))))
+    else:
+        print(json.dumps([entry(d) for d in sorted(arguments.directories)], indent=1))
+
+
+if __name__ == "__main__":
+    main()
