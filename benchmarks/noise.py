@@ -54,7 +54,7 @@ def main() -> None:
         jobs[kind] = partial(ours, x, cores, kind)
         jobs[f"{kind}_1_thread"] = partial(ours, x, 1, kind)
     progress(f"{SIZE} numbers, {cores} threads; nanoseconds for each:")
-    seconds = dict(zip(jobs, alternate(*jobs.values(), repeats=9), strict=True))
+    seconds = dict(zip(jobs, alternate(*jobs.values(), repeats=5), strict=True))
     ns = {name: 1e9 * taken / SIZE for name, taken in seconds.items()}
     (slow,) = alternate(partial(reference, x[:PART], "normal"), repeats=3)
     ns["reference"] = 1e9 * slow / PART

@@ -77,7 +77,7 @@ class State:
 def tilt(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Pro's probabilities: softmax of the mean |g|, scaled to [0, 1]; max / min is at most e."""
     a = sums / counts
-    p = np.exp((a - a.min()) / (a.max() + 1e-10 - a.min()))
+    p = np.exp((a - a.min()) / ((a.max() - a.min()) + 1e-10))
     return np.asarray(p / p.sum())
 
 
@@ -112,8 +112,11 @@ def fedkseed(o: FedKSeed, space: ParamSpace, seed: int) -> Method[State]:
         x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
     ) -> tuple[Payload, float]:
         def directions(step: int) -> tuple[Direction]:
-            pick = picked(work.round, work.assignment, step + 1)[step]
-            return (Direction(key(pick), space.ranges()),)
+            if step >= len(picks):  # one pass over the data: as many steps as that takes
+                picks[:] = picked(work.round, work.assignment, 2 * step + 1)
+            return (Direction(key(picks[step]), space.ranges()),)
+
+        picks = picked(work.round, work.assignment, o.steps)
 
         end = walk(oracle, x, batches, directions, o.lr, o.eps, skip_above=o.skip_above)
         return end.payload(work.assignment.client), end.loss
@@ -136,7 +139,8 @@ def fedkseed(o: FedKSeed, space: ParamSpace, seed: int) -> Method[State]:
             where = picked(round, c.assignment, len(values))
             np.add.at(g, where, np.float32(o.lr * c.examples / total) * values)
             np.add.at(sums, where, np.minimum(np.abs(values), LARGEST))
-            np.add.at(counts, where, 1)
+            is_skipped = (values == 0) & bool(o.skip_above)  # leaves no trace, as published
+            np.add.at(counts, where, ~is_skipped)
         return State(g, sums, counts), _shortest(g)
 
     def apply(x: Flat, round: int, step: Payload) -> Flat:

@@ -126,8 +126,9 @@ def ferret(o: Ferret, space: ParamSpace, seed: int) -> Method[None]:
             return f"want blocks of {o.coding} coefficients"
         if len(payload.counts) != len(blocks):
             return f"another size: {len(payload.counts)} blocks, want {len(blocks)}"
-        if payload.counts.min() < LEAST or payload.counts.max() > o.projections:
-            return f"blocks of other than {LEAST} to {o.projections} coefficients"
+        most = payload.counts.max()
+        if payload.counts.min() < LEAST or (most != o.projections and most != LEAST):
+            return f"blocks of {LEAST} to {o.projections} coefficients, the largest of all"
         return None
 
     def aggregate(

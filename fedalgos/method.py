@@ -160,7 +160,7 @@ class Mean:
         self._weight = 0.0
 
     def add(self, weight: float, x: Flat) -> None:
-        self._sum += np.float64(weight) * x
+        self._sum += x.astype(np.float64) * weight  # numpy 1 would stay in fp32
         self._weight += weight
 
     def value(self) -> npt.NDArray[np.float64]:

@@ -42,7 +42,8 @@ def phi(s: Rates, signal: Signal, seed: int, round: int, cohort: Sequence[int]) 
         return {c: float(noise.uniforms(k, 0, 1)[0]) for c, k in keys.items()}
     q = {c: value for c in cohort if (value := _signal(s, signal, c)) is not None}
     mean = sum(q.values()) / len(q) if q else 0.0
-    widest = max((abs(value - mean) for value in q.values()), default=0.0)
+    is_tied = len(set(q.values())) < 2  # the mean of equals may be off by an ulp
+    widest = 0.0 if is_tied else max(abs(value - mean) for value in q.values())
     return {c: (q[c] - mean) / widest if c in q and widest > 0 else 0.0 for c in cohort}
 
 

@@ -59,7 +59,7 @@ def replay(x: Flat, paths: Sequence[Path], kind: Kind = "normal") -> Flat:
             for path, k in zip(paths, keys, strict=True):
                 w = x[first:last].copy()
                 chosen.add(w, first, k, path.alphas, kind)
-                mean += np.float64(path.weight) * w
+                mean += w.astype(np.float64) * path.weight  # numpy 1 would stay in fp32
             new[first:last] = mean / total
 
     kernels.spread(part, len(x))

@@ -9,7 +9,7 @@ not have made.  What the numbers mean is the method's business (``fedalgos``).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -205,12 +205,15 @@ def decode(spec: Spec, buffer: bytes | memoryview) -> Payload:
             counts = np.frombuffer(buffer, U16, blocks).astype(np.int64)
             if int(counts.sum()) != count:
                 raise RemoteProtocolError(f"blocks of {counts.sum()} values in all, not {count}")
-            raw = np.frombuffer(buffer, F16 if width == "f16" else F32, count, 2 * blocks)
-            values = raw.astype(F32) * np.float32(2.0**exponent)
-            return Blocks(counts, _finite(values), width, exponent)
+            if width == "f32":
+                if exponent:
+                    raise RemoteProtocolError("an exponent with values in full precision")
+                return Blocks(counts, _finite(np.frombuffer(buffer, F32, count, 2 * blocks)))
+            raw = _finite(np.frombuffer(buffer, F16, count, 2 * blocks))
+            return Blocks(counts, raw.astype(F32) * np.float32(2.0**exponent), width, exponent)
 
 
-def _finite(values: Flat) -> Flat:
+def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """One NaN in an accumulator destroys every replica for ever."""
     if not np.isfinite(values).all():
         raise RemoteProtocolError("a value of the payload is not finite")

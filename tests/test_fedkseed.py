@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -235,6 +235,7 @@ def test_pro_is_uniform_where_nothing_was_seen() -> None:
     assert tilt(np.zeros(5), np.array([1, 2, 1, 9, 1])).tolist() == [0.2] * 5
 
 
+@settings(deadline=None)
 @given(
     hnp.arrays(np.float64, 6, elements=st.floats(0, 1000)),
     hnp.arrays(np.int64, 6, elements=st.integers(1, 1000)),

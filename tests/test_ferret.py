@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedalgos.ferret import Ferret, allot, cut, ferret
@@ -104,6 +104,7 @@ def test_small_tensors_merge_up_to_nine_tenths_of_the_median(
     assert found[0][0] == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30))
 def test_blocks_are_whole_tensors_and_cover_all_once_in_order(sizes: list[int]) -> None:
     space = space_of(*sizes)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -288,6 +288,7 @@ def test_values_are_rounded_to_eleven_bits_or_a_part_of_the_largest_ties_to_even
     assert made.values.tolist() == [1, 1 + 2**-9, 1, 1638 / 16_384, 0, 0, 2.0**-23]
 
 
+@settings(deadline=None)
 @given(arrays(20), st.integers(-60, 60))
 def test_what_was_rounded_once_is_carried_exactly_and_not_rounded_again(
     values: Flat, power: int
@@ -337,6 +338,7 @@ def test_rounding_does_not_touch_the_callers_values() -> None:
     assert not np.shares_memory(made.values, values)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 3), st.integers(0, 5), st.sampled_from(["f32", "f16"]), st.data())
 def test_garbage_blocks_of_the_right_size_are_what_encode_makes_or_are_refused(
     count: int, values: int, coding: Literal["f32", "f16"], data: st.DataObject

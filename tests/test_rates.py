@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedalgos.fedmezo import FedMezo, fedmezo
@@ -114,6 +114,7 @@ def test_remembering_changes_nothing_in_place() -> None:
     assert after == Rates({0: (1.0, 2.0, 5.0), 1: (6.0,)}, {0: 3.0, 1: 7.0})
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.integers(0, 99), st.floats(-1e6, 1e6), max_size=12),
     st.lists(st.integers(0, 99), min_size=1, max_size=20, unique=True),

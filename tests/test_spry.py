@@ -9,7 +9,7 @@ from fedalgos.method import Assignment, Work
 from fedalgos.optim import AdamW, Moments, Sgd, Yogi
 from fedalgos.space import ParamSpace, digest
 from fedalgos.spry import Spry, State, assign, spry
-from protocol import noise
+from protocol import kernels, noise
 from protocol.payload import Dense, Flat
 from tests.oracles import Product, Quadratic, contribution, f32, space_of
 
@@ -32,6 +32,9 @@ def estimate(
 
 def given_direction(monkeypatch: pytest.MonkeyPatch, *v: float) -> None:
     monkeypatch.setattr(noise, "normals", lambda key, start, stop: f32(*v)[start:stop])
+    monkeypatch.setattr(
+        kernels, "choose", lambda num_draws: noise
+    )  # the compiled ones see no patch
 
 
 def test_forward_gradient_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
