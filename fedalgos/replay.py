@@ -21,11 +21,19 @@ from protocol.payload import Flat
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """One walk: ``keys`` of its directions, the ``alphas`` (fp32) along them, its weight."""
+    """One walk: ``keys`` of its directions, the ``alphas`` (fp32) along them, its weight.
+
+    Raises:
+        ValueError: not one alpha for each key.
+    """
 
     keys: Sequence[int]
     alphas: Flat
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.alphas):
+            raise ValueError(f"{len(self.keys)} directions, {len(self.alphas)} scalars")
 
 
 def alphas(scale: float, scalars: Flat) -> Flat:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from protocol import kernels
@@ -27,8 +26,13 @@ def shifted(
     key, kind = direction.key, direction.kind
     if x.device.type == "cpu":
         kernels.shifted(x.numpy(), key, offsets, out.numpy(), start=start, kind=kind)
-    else:
-        _cuda().shifted(x, key, np.asarray(offsets), out, start=start, kind=kind)
+        return
+    whole = (
+        out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    )
+    _cuda().shifted(x, key, offsets, whole, start=start, kind=kind)
+    if whole is not out:  # a few rows of a larger scratch
+        out.copy_(whole)
 
 
 def expect(x: torch.Tensor) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,8 @@ import numpy as np
 
 from protocol import noise
 from protocol.noise import PIECE, Direction, Doubles, Flat, Kind
+
+log = logging.getLogger(__name__)
 
 WORTH = 1 << 20  # numbers to draw from which the compiled kernels, once loaded, pay
 _pool: ThreadPoolExecutor | None = None
@@ -60,7 +63,12 @@ def add_(
         alphas: rounded to fp32 here.
         start: see ``x``.
         kind: which stream.
+
+    Raises:
+        ValueError: keys and alphas differ in number.
     """
+    if len(keys) != len(alphas):
+        raise ValueError(f"{len(keys)} keys, {len(alphas)} alphas")
     chosen, k = choose(len(x) * len(keys)), np.array(keys, np.uint64)
     a = np.asarray(alphas, np.float32)
     spread(lambda i, j: chosen.add(x[i:j], start + i, k, a, kind), len(x), start)
@@ -75,8 +83,14 @@ def add_direction_(x: Flat, alpha: float, direction: Direction) -> None:
 def shifted(
     x: Flat, key: int, offsets: Flat, out: Flat, *, start: int = 0, kind: Kind = "normal"
 ) -> None:
-    """out[s] = x + offsets[s] * z for all s at once; out is (len(offsets), len(x))."""
-    chosen = choose(len(x))
+    """out[s] = x + offsets[s] * z for all s at once; offsets are rounded to fp32 here.
+
+    Raises:
+        ValueError: out is not (len(offsets), len(x)).
+    """
+    if out.shape != (len(offsets), len(x)):
+        raise ValueError(f"out is {out.shape}, want {(len(offsets), len(x))}")
+    chosen, offsets = choose(len(x)), np.asarray(offsets, np.float32)
     spread(
         lambda i, j: chosen.shifted(x[i:j], start + i, key, offsets, out[:, i:j], kind),
         len(x),
@@ -108,7 +122,10 @@ def spread(work: Callable[[int, int], object], size: int, start: int = 0) -> Non
         for t in range(count)
     ] + [size]
     others = [_executor().submit(work, i, j) for i, j in itertools.pairwise(cuts[1:])]
-    work(cuts[0], cuts[1])
+    try:
+        work(cuts[0], cuts[1])
+    finally:  # whatever happens, nobody writes into x any more
+        wait(others)
     for other in others:
         other.result()
 
@@ -121,7 +138,11 @@ def choose(num_draws: int) -> Any:
 
 @cache
 def _compiled() -> Any:
-    return importlib.import_module("protocol.kernels_numba")
+    try:
+        return importlib.import_module("protocol.kernels_numba")
+    except RuntimeError as error:  # numba finds no place to keep what it compiles
+        log.warning("noise is drawn by the slow reference: %s", error)
+        return noise
 
 
 def _executor() -> ThreadPoolExecutor:

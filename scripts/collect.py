@@ -16,8 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-KEEP = ("run", "status", "method", "model", "data", "seed", "rounds", "clients", "nodes")
-KEEP += ("trained_parameters", "metric", "loss", "bytes", "memory_bytes", "seconds", "digest")
+KEEP = (
+    *("run", "status", "method", "model", "data", "seed", "rounds", "clients", "nodes"),
+    *("trained_parameters", "metric", "loss", "bytes", "memory_bytes", "seconds", "digest"),
+)
+COLUMNS = (
+    *("run", "seeds", "loss, before", "after", "accuracy %, before", "after"),
+    *("payload B up, client and round", "down", "message B, all", "seconds"),
+)
 
 
 def entry(directory: Path) -> dict[str, Any]:
@@ -40,8 +46,8 @@ def entry(directory: Path) -> dict[str, Any]:
 
 def table(entries: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown, one row an experiment."""
-    yield "| run | seeds | loss before | loss after | accuracy before | after | payload up, per client and round | down | seconds |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield "|---" * len(COLUMNS) + "|"
     for name in dict.fromkeys(e["run"] for e in entries):
         runs = [e for e in entries if e["run"] == name]
         per = [e["bytes"]["per_client_round"] for e in runs]
@@ -54,6 +60,7 @@ def table(entries: list[dict[str, Any]]) -> Iterator[str]:
             _spread([100 * e["metric"]["after"] for e in runs], ".1f"),
             _spread([p["payload_up"] for p in per], ",.0f"),
             _spread([p["payload_down"] for p in per], ",.0f"),
+            _spread([e["bytes"]["message_up"] + e["bytes"]["message_down"] for e in runs], ",.0f"),
             _spread([e["seconds"]["total"] for e in runs], ".0f"),
         ]
         yield f"| {' | '.join(cells)} |"

@@ -38,7 +38,7 @@ starts = st.one_of(
     st.integers(2**35 - 700, 2**35 + 700),
     st.integers(3 * PIECE - 700, 3 * PIECE + 700),
 )
-sizes = st.integers(0, 700)  # groups of 256: two whole ones with their edges
+sizes = st.integers(0, 700)  # groups of 128: several whole ones with their edges
 
 
 @pytest.fixture(autouse=True)
@@ -386,3 +386,48 @@ def test_the_first_large_job_loads_numba_and_then_all_jobs_are_compiled() -> Non
     command = [sys.executable, "-c", FIRST_SMALL_THEN_LARGE]
     done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True", "protocol.kernels_numba"]
+
+
+@pytest.mark.parametrize("is_compiled", BOTH)
+def test_arguments_that_do_not_fit_are_refused_before_memory_is_touched(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(is_compiled, monkeypatch)
+    x = np.zeros(10, np.float32)
+    with pytest.raises(ValueError, match="2 keys, 1 alphas"):
+        kernels.add_(x, [1, 2], [0.5])
+    offsets = np.ones(3, np.float32)
+    for shape in ((2, 10), (3, 9), (3, 11)):
+        with pytest.raises(ValueError, match="out is"):
+            kernels.shifted(x, 1, offsets, np.zeros(shape, np.float32))
+    assert not x.any()
+
+
+@pytest.mark.parametrize("is_compiled", BOTH)
+def test_offsets_of_64_bits_are_rounded_before_the_product(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(is_compiled, monkeypatch)
+    x, out, exact = np.ones(500, np.float32), *np.empty((2, 1, 500), np.float32)
+    kernels.shifted(x, 3, np.array([0.1]), out)
+    kernels.shifted(x, 3, np.array([0.1], np.float32), exact)
+    assert out.tobytes() == exact.tobytes()
+
+
+@compiles
+def test_the_scalar_products_of_nothing_are_zero_wherever_it_starts(compiled: ModuleType) -> None:
+    nothing = compiled.dots(np.zeros(0, np.float32), 5, np.array([1, 2], np.uint64), "normal")
+    assert noise.total(nothing).tolist() == [0.0, 0.0]
+
+
+def test_where_nothing_can_be_compiled_the_reference_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(name: str) -> ModuleType:
+        raise RuntimeError(f"cannot cache {name}")
+
+    kernels._compiled.cache_clear()
+    monkeypatch.setattr(kernels.importlib, "import_module", fail)
+    assert kernels._compiled() is noise
+    assert "slow reference: cannot cache" in caplog.text
+    kernels._compiled.cache_clear()
