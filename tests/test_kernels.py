@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import subprocess
 import sys
@@ -427,7 +428,7 @@ def test_where_nothing_can_be_compiled_the_reference_serves(
         raise RuntimeError(f"cannot cache {name}")
 
     kernels._compiled.cache_clear()
-    monkeypatch.setattr(kernels.importlib, "import_module", fail)
+    monkeypatch.setattr(importlib, "import_module", fail)
     assert kernels._compiled() is noise
     assert "slow reference: cannot cache" in caplog.text
     kernels._compiled.cache_clear()
