@@ -57,6 +57,8 @@ class Worker:
         if setup.threads:
             torch.set_num_threads(setup.threads)
             kernels.use_threads(setup.threads)
+        if not kernels.has_compiled():
+            log.info("noise is drawn by the reference; `pip install numba` is ten times faster")
         self._experiment, self._setup = experiment, setup
         self._phases = Phases(setup.device)
         self.settings = registry.settings(experiment.method)
