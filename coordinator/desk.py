@@ -192,12 +192,13 @@ class Desk:
     def withdraw(self, oldest: int, current: int) -> None:
         """Stop offering steps before ``oldest``, and snapshots before ``current``.
 
-        A node that is still pulling one is told that it is gone, and asks anew.
+        The initial parameters stay: they do not age where steps go onto them.  A node that
+        is still pulling one is told that it is gone, and asks anew.
         """
         gone = [
             (version, snapshot)
             for version, snapshot in self._offered
-            if version < (current if snapshot else oldest)
+            if version < (current if snapshot else oldest) and (version, snapshot) != (0, True)
         ]
         for key in gone:
             blob = self._offered.pop(key)
@@ -216,12 +217,16 @@ class Desk:
         if away > self._nodes.heartbeat_seconds:
             for member in self.roster:
                 member.seen = now  # it was we who were busy: their beats still wait in the queue
-        if now >= self._last_beat + self._nodes.heartbeat_seconds:
+        self.beat()
+        silent = self.roster.silent(now, self._nodes.patience_seconds)
+        return [(member, f"silent for {now - member.seen:.1f} s") for member in silent]
+
+    def beat(self) -> None:
+        """Beat to everyone, if an interval has passed since the last time."""
+        if (now := self._now()) >= self._last_beat + self._nodes.heartbeat_seconds:
             self._last_beat = now
             for member in self.roster:
                 self.send(member, Beat())
-        silent = self.roster.silent(now, self._nodes.patience_seconds)
-        return [(member, f"silent for {now - member.seen:.1f} s") for member in silent]
 
     def dismiss(self, reason: str, finished: bool) -> None:
         """Say goodbye to everyone."""

@@ -3,6 +3,7 @@
 experiment.toml  versions.json  events.jsonl  nodes.json
 metrics.jsonl    one line per evaluation and one per committed round
 costs.jsonl      one line per update: seconds and memory by phase
+catch-up.jsonl   one line per node that was behind: what it was sent, and what each way costs
 summary.json     written at the end; its keys are a public promise (docs/summary.md)
 """
 
@@ -82,13 +83,13 @@ class RunRecorder:
 
     def caught_up(self, member: Member, known: int, version: int, catch_up: CatchUp) -> None:
         """A node that was behind is brought up: what was sent, and what each way costs."""
-        line: dict[str, Any] = {"event": "CatchUp", "node": member.name, "from": known}
+        line: dict[str, Any] = {"node": member.name, "from": known}
         line |= {"to": version, "sent": "snapshot" if catch_up.is_snapshot else "steps"}
         line |= {"steps": 0 if catch_up.is_snapshot else len(catch_up.kept)}
         line |= {"steps_bytes": catch_up.steps_nbytes, "steps_seconds": catch_up.steps_seconds}
         line |= {"snapshot_bytes": catch_up.snapshot_nbytes}
-        self._events.write(json.dumps(line) + "\n")
-        self._events.flush()
+        line |= {"sent_bytes": sum(kept.nbytes for kept in catch_up.kept)}
+        _append(self.directory / "catch-up.jsonl", line)
 
     def joined(self, member: Member) -> None:
         hello = member.hello

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -329,7 +330,7 @@ class Server:
         # sorted by client, one at a time, and forgotten as they are folded in
         contributions = (self._updates.pop(ref) for _, ref in command.refs)
         try:
-            central.commit(command.round, contributions)
+            self._beating(lambda: central.commit(command.round, contributions))
         except ArithmeticError as error:
             log.warning("round %d is not committed: %s", command.round, error)
             for _, ref in command.refs:
@@ -339,6 +340,14 @@ class Server:
         self.desk.withdraw(central.history.oldest, central.version)
         self._recorder.committed(command, self.now())
         return Committed(self.now(), command.round)
+
+    def _beating(self, work: Callable[[], None]) -> None:
+        """Do something that may take minutes, a replay, while the nodes hear that we live."""
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(work)
+            while not wait([job], self.settings.experiment.nodes.heartbeat_seconds / 4).done:
+                self.desk.beat()
+            job.result()
 
     def _discard(self, command: Discard) -> None:
         self._updates.pop(command.ref, None)
@@ -370,7 +379,8 @@ class Server:
         catch_up = central.catch_up(known)
         for kept in catch_up.kept:
             self.desk.offer(member, kept)
-        if catch_up.is_snapshot or central.version > known + 1:  # else it follows online
+        is_behind = catch_up.is_snapshot or central.version > known + 1  # else it follows online
+        if is_behind and member.trains:
             self._recorder.caught_up(member, known, central.version, catch_up)
         member.version, member.digest = central.version, central.digest
 

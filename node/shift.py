@@ -78,13 +78,15 @@ class Shifter:
         self._label_rows = label_rows
         self._pass: _Pass | None = None
         self._scratch = torch.empty(0)
-        self._nothing = nn.UninitializedParameter(requires_grad=False)
+        where = next(model.parameters()).device  # models ask a weight where to put their inputs
+        nothing: Any = nn.UninitializedParameter  # its types lack the device
+        self._nothing = nothing(requires_grad=False, device=where)
         self._is_scratch_free = True
         self._sites = []
         for path, module in model.named_modules():
             places = {
                 name: (offsets[id(p)], p.shape)
-                for name, p in module.named_parameters(recurse=False)
+                for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
                 if id(p) in offsets
             }
             if places:
@@ -133,8 +135,7 @@ class Shifter:
         """No values in place of the trained ones: who reads them elsewhere, fails."""
         real = [dict(site.module._parameters) for site in self._sites]
         for site in self._sites:
-            nothing: Any = self._nothing
-            site.module._parameters.update(dict.fromkeys(site.places, nothing))
+            site.module._parameters.update(dict.fromkeys(site.places, self._nothing))
         try:
             yield
         finally:
@@ -160,10 +161,10 @@ class Shifter:
     def _at(self, p: _Pass, run: int, site: Site, args: Any, kwargs: Any) -> Any:
         """One run's way through a module."""
         module = site.module
-        if module in self._label_rows:
+        if module in self._label_rows and args:
             with self._tensors(p, run, site, self._label_rows[module]) as own:
                 return functional.linear(args[0][:, -1], own["weight"], own.get("bias"))
-        if type(module) is nn.Embedding and module.max_norm is None:
+        if type(module) is nn.Embedding and module.max_norm is None and args:
             rows, inverse = args[0].unique(return_inverse=True)
             with self._tensors(p, run, site, rows) as own:
                 return own["weight"][inverse]

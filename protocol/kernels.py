@@ -140,7 +140,8 @@ def choose(num_draws: int) -> Any:
 def _compiled() -> Any:
     try:
         return importlib.import_module("protocol.kernels_numba")
-    except RuntimeError as error:  # numba finds no place to keep what it compiles
+    except (RuntimeError, ImportError, OSError) as error:
+        # numba has no place for what it compiles, or does not go with this numpy or system
         log.warning("noise is drawn by the slow reference: %s", error)
         return noise
 

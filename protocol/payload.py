@@ -140,7 +140,9 @@ class Blocks:
         if coding == "f32":
             return Blocks(counts, values)
         largest = float(np.abs(values).max(initial=0.0))
-        exponent = int(np.clip(np.frexp(largest)[1], -100, 100)) if np.isfinite(largest) else 0
+        if not np.isfinite(largest):
+            return Blocks(counts, values, coding)  # refused at the other side, as it is
+        exponent = int(np.clip(np.frexp(largest)[1] - 15, -100, 100))  # up to 2^15: half's range
         scale = np.float32(2.0**exponent)  # a power of two: scaling is exact
         with np.errstate(over="ignore"):  # what does not fit becomes inf and is refused as such
             rounded = (values / scale).astype(F16).astype(F32) * scale

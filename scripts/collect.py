@@ -1,7 +1,7 @@
 """From run directories to one JSON file, and from that to the table of the docs.
 
-    python scripts/collect.py runs/A runs/B ... > experiments/zeroth-order.json
-    python scripts/collect.py --table experiments/zeroth-order.json
+    python scripts/collect.py runs/A runs/B ... > experiments/shared-randomness.json
+    python scripts/collect.py --table experiments/shared-randomness.json
 
 An entry is the run's summary without the parts that are of one machine's processes, and
 its curve: round, loss, accuracy, payload bytes and seconds at each evaluation.  The table
@@ -29,7 +29,9 @@ COLUMNS = (
 def entry(directory: Path) -> dict[str, Any]:
     """What is kept of one run."""
     summary = json.loads((directory / "summary.json").read_text())
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    if summary["status"] != "completed":
+        raise SystemExit(f"{directory}: {summary['status']}")
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     curve = [
         {
             "round": line["round"],
@@ -44,11 +46,28 @@ def entry(directory: Path) -> dict[str, Any]:
     return {key: summary[key] for key in KEEP} | {"curve": curve}
 
 
+def check(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, unless a name stands for two experiments or a seed is there twice."""
+    places = [(e["run"], e["seed"]) for e in entries]
+    for place in places:
+        if places.count(place) > 1:
+            raise SystemExit(f"run {place[0]} with seed {place[1]} is there twice")
+    for name in {e["run"] for e in entries}:
+        kinds = {
+            (e["rounds"], e["clients"], e["trained_parameters"])
+            for e in entries
+            if e["run"] == name
+        }
+        if len(kinds) > 1:
+            raise SystemExit(f"run {name} stands for more than one experiment")
+    return entries
+
+
 def table(entries: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown, one row an experiment."""
     yield f"| {' | '.join(COLUMNS)} |"
     yield "|---" * len(COLUMNS) + "|"
-    for name in dict.fromkeys(e["run"] for e in entries):
+    for name in dict.fromkeys(e["run"] for e in entries):  # checked to be of one kind
         runs = [e for e in entries if e["run"] == name]
         per = [e["bytes"]["per_client_round"] for e in runs]
         cells = [
@@ -82,7 +101,7 @@ def main() -> None:
     if arguments.table:
         print("\n".join(table(json.loads(arguments.table.read_text()))))
     else:
-        print(json.dumps([entry(d) for d in sorted(arguments.directories)], indent=1))
+        print(json.dumps(check([entry(d) for d in sorted(arguments.directories)]), indent=1))
 
 
 if __name__ == "__main__":

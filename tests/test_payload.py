@@ -251,7 +251,7 @@ def test_blocks_take_two_bytes_for_each_length_and_two_or_four_for_each_value(
     coding: Literal["f32", "f16"], width: int
 ) -> None:
     spec = spec_of(Blocks.of(np.array([3, 0, 65_535]), np.ones(65_538, np.float32), coding))
-    assert spec == BlocksSpec(3, 65_538, coding, 1 if coding == "f16" else 0)
+    assert spec == BlocksSpec(3, 65_538, coding, -14 if coding == "f16" else 0)
     assert spec.nbytes == 6 + width * 65_538
 
 
@@ -262,15 +262,15 @@ def in_16_bits(*values: float) -> Blocks:
 @pytest.mark.parametrize(
     ("largest", "exponent"),
     [
-        (1.0, 1),  # 0.5 times 2
-        (0.75, 0),
-        (-65_504.0, 16),  # a sign makes no difference
-        (1e30, 100),
-        (1e-30, -99),
+        (1.0, -14),  # to 2^14: below 65,504 by a margin, and the rest as far above 0 as can be
+        (0.75, -15),
+        (-65_504.0, 1),  # a sign makes no difference
+        (1e30, 85),
+        (1e-30, -100),
         (1e-45, -100),  # the exponent goes no further
-        (2.0**100, 100),
-        (2.0**110, 100),
-        (0.0, 0),
+        (2.0**100, 86),
+        (2.0**110, 96),
+        (0.0, -15),
     ],
 )
 def test_the_largest_value_sets_the_exponent(largest: float, exponent: int) -> None:
@@ -282,10 +282,10 @@ def test_the_largest_value_sets_the_exponent(largest: float, exponent: int) -> N
 
 
 def test_values_are_rounded_to_eleven_bits_or_a_part_of_the_largest_ties_to_even() -> None:
-    """With 1 the unit is 2^-11; far below it, 2^-24 of the largest's power of two."""
-    made = in_16_bits(1, 1 + 2**-10 + 2**-11, 1 + 2**-11, 0.1, 2.0**-24, 2.0**-25, 3 * 2.0**-25)
-    assert made.exponent == 1
-    assert made.values.tolist() == [1, 1 + 2**-9, 1, 1638 / 16_384, 0, 0, 2.0**-23]
+    """With 1 the unit is 2^-10; far below it 2^-38, the smallest half times 2^-14."""
+    made = in_16_bits(1, 1 + 2**-10 + 2**-11, 1 + 2**-11, 0.1, 2.0**-38, 2.0**-39, 3 * 2.0**-39)
+    assert made.exponent == -14
+    assert made.values.tolist() == [1, 1 + 2**-9, 1, 1638 / 16_384, 2.0**-38, 0, 2.0**-37]
 
 
 @settings(deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from coordinator import events as kinds
 from coordinator import rounds
+from coordinator.central import Central
 from coordinator.record import RunRecorder
 from coordinator.rounds import Evaluating
 from coordinator.run import policy
@@ -231,7 +233,7 @@ class Peer:
 
     def update(self, task: Task, x: Flat | None = None) -> Said:
         oracle = Quadratic(np.full(self.run.space.size, 1 + task.client, np.float32))
-        work = Work(task.round, Assignment(task.client, task.units))
+        work = Work(task.round, Assignment(task.client, task.units, task.lr, task.picks))
         value, _ = self.run.method.local(self.x, oracle, [None], work)
         if x is not None:
             value = Dense(x)
@@ -758,6 +760,39 @@ def test_a_node_that_is_far_behind_gets_a_snapshot(make: Make) -> None:
     assert first.snapshot
     assert first.version == b.told(Task)[0].version
     assert not any(s.snapshot for s in others)
+
+
+def test_what_a_node_that_was_behind_is_sent_stands_beside_the_other_way(make: Make) -> None:
+    run = make(space=SMALL, rounds={"count": 6, "quorum": 2}, **SCARCE)
+    b = late(run, after=3)
+    (text,) = (run.directory / "catch-up.jsonl").read_text().splitlines()
+    line = json.loads(text)
+    first = b.told(Task)[0].version
+    assert (line["node"], line["from"], line["to"], line["sent"]) == ("b", 0, first, "steps")
+    assert line["steps"] == first
+    assert line["sent_bytes"] == line["steps_bytes"] < line["snapshot_bytes"]
+    assert line["steps_seconds"] > 0
+
+
+def test_nodes_hear_beats_while_the_coordinator_replays(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step over all parameters takes longer to apply than a node's patience lasts."""
+    run = make(rounds={"count": 1}, nodes={"heartbeat_seconds": 0.1, "patience_seconds": 1e5})
+    two_nodes(run)
+    heard, commit = threading.Event(), Central.commit
+
+    def slow(central: Central, round: int, contributions: Any) -> None:
+        before = len(run.net.sent)
+        run.net.now += 1.0  # this much work, and then as much as it takes to be heard
+        run.net.on_send = lambda peer, frames: heard.set()
+        assert heard.wait(30)
+        run.net.on_send = run.hear
+        assert all(to_node.unpack(frames)[0] == Heartbeat() for _, frames in run.net.sent[before:])
+        commit(central, round, contributions)
+
+    monkeypatch.setattr(Central, "commit", slow)
+    assert run.finish()["rounds"] == 1
 
 
 def test_a_method_whose_steps_replace_all_sends_only_the_newest(make: Make) -> None:

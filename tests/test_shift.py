@@ -248,3 +248,32 @@ def test_a_model_that_reads_a_tensor_behind_its_module_is_refused() -> None:
     with pytest.raises(ModelError, match="outside of the module"):
         shifter.run(x, Direction(3, ((0, len(x)),)), OFFSETS, lambda: float(module(torch.ones(1))))
     assert [id(p) for p in module.parameters()] == before
+
+
+class Aliased(nn.Module):
+    """One tensor under two names, and an embedding that is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 3)
+        self.a = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+        self.b = self.a
+        with torch.no_grad():
+            self.table.weight.copy_(torch.arange(12.0).view(4, 3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = (self.table(input=ids) * self.a + self.b).sum()
+        return out
+
+
+@torch.no_grad()
+def test_two_names_of_one_tensor_and_an_input_by_keyword() -> None:
+    module, ids = Aliased(), torch.tensor([1, 3])
+    x, offsets = flat(module)
+    direction = Direction(3, ((0, len(x)),))
+    found = Shifter(module, offsets, {}).run(x, direction, OFFSETS, lambda: float(module(ids)))
+    for s, value in zip(OFFSETS, found, strict=True):
+        fresh = Aliased()
+        moved = x.numpy() + f32(s) * direction.dense(len(x))
+        nn.utils.vector_to_parameters(torch.from_numpy(moved), fresh.parameters())
+        assert float(fresh(ids)) == value
