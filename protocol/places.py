@@ -1,29 +1,29 @@
 """Where a sparse vector has its entries: k increasing places below n, as bytes.
 
-A random choice of k among n takes log2 C(n, k) bits at least; the shortest of these codings
-is within 5 % of that at every density up to 1/2, and far below it where places stand together.
-The first byte names the coding, then come its parameters, then *fields*, numbers of a fixed
-width, then *unary* numbers: q is q zeros and a one.  Bits fill a byte from the least
-significant; what is left of the last byte of a field or of the unary numbers is zero.  The
-gap of a place is how many indices stand between it and the place before.
+A random choice of k among n takes log2 C(n, k) bits on average.  The shortest of these codings
+stays within 5 % of that at every density up to 1/2, and comes far below it where places stand
+together.  The first byte is the coding's number; parameters follow, then *fields*, numbers
+of one width each, then *unary* numbers: q is q zeros and a one.  Bits fill a byte from the
+least significant.  What is left of a field's last byte, or of the last one, is 0.
 
-- only: nothing more, for k = 0 and for k = n.
-- bitmap: the gaps in unary, that is, bit i is 1 if place i is given, up to the last one.
+- only: nothing more.  For k = 0 and k = n, and they have no other.
+- bitmap: the gaps in unary; in other words, bit i is 1 if place i is given, to the last one.
 - elias-fano: with l = floor(log2(n / k)), the low l bits of the places as a field, then for
-  each the difference of its other bits from those of the place before, in unary.
+  each place what its other bits add to those of the place before, in unary.
 - golomb-rice: r (1 byte), the low r bits of the gaps as a field, their other bits in unary.
-- runs: m (5 bytes), r, s (1 byte each): m runs of consecutive places.  The lengths of all
-  but the last, each less one, as golomb-rice with r; the lengths of what is absent before
-  each run, each but the first less one, with s; both fields first, then both in unary.
+- runs: m (5 bytes), r and s (1 byte each), for m runs of places without a gap.  As for
+  golomb-rice, but two lists, first both fields: with r the lengths of the runs but the last,
+  each less one; with s the gaps before the runs, each but the first less one.
 
-r and s are the smallest of those that make their numbers shortest, so that a coding writes
-places in one way only.  (Elias, "Efficient storage and retrieval by content and address of
-static files", 1974; Rice, "Some practical universal noiseless coding techniques", 1979.)
+The gap of a place is the number of indices between it and the place before it.  r and s are the
+smallest of the widths with which their list takes fewest bits, so each coding writes places
+in one way only.  Elias-fano never takes fewer bits than golomb-rice, but one parameter less.
+(P. Elias, J. ACM 21(2), 1974; R. F. Rice, JPL 79-22, 1979.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -36,70 +36,70 @@ Coding = Literal["only", "bitmap", "elias-fano", "golomb-rice", "runs"]
 Places = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
-CODINGS: tuple[Coding, ...] = get_args(Coding)  # a coding's number on the wire is its index
+CODINGS: tuple[Coding, ...] = get_args(Coding)  # a coding's number is its index
 MAX_SIZE = 1 << 40
 PIECE = 1 << 16  # bytes, or numbers of a field, whose bits are spread out at once
-LONG = 3  # places in a run on average from which ``runs`` is tried; random ones have 2 at 1/2
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A message that knows its size and is not written yet."""
+    """A message that is not written yet, but knows its size."""
 
     coding: Coding
     parameters: bytes = b""
-    fields: tuple[tuple[Places, int], ...] = ()  # the low bits of these, this many
+    fields: tuple[tuple[Places, int], ...] = ()  # numbers, and how many low bits of them
     num_bits: int = 0  # of the unary part
-    ones: Callable[[], Places] | None = None  # where in the unary part there are ones
+    ones: Callable[[], Places] = lambda: np.zeros(0, np.int64)  # where they stand in it
 
     @property
     def nbytes(self) -> int:
-        fields = sum(_bytes(len(numbers) * width) for numbers, width in self.fields)
-        return 1 + len(self.parameters) + fields + _bytes(self.num_bits)
+        fields = sum(_num_bytes(len(numbers) * width) for numbers, width in self.fields)
+        return 1 + len(self.parameters) + fields + _num_bytes(self.num_bits)
 
 
-def nbytes(n: int, places: Places) -> tuple[Coding, int]:
+def nbytes(n: int, places: Places, among: Collection[Coding] = CODINGS) -> tuple[Coding, int]:
     """The shortest coding of these places, of equals the first, and its size in bytes.
 
+    Where there are about as many runs as random places have, ``runs`` is not tried: that would
+    take longer than all the rest.
+
     Raises:
-        LocalProtocolError: the places are not strictly increasing indices below n, or n is
-            over 2^40.
+        LocalProtocolError: the places do not increase from 0 or more to below n, or n is
+            above 2^40.
     """
-    draft = _shortest(n, places)
+    draft = _shortest(n, places, among)
     return draft.coding, draft.nbytes
 
 
-def encode(n: int, places: Places, coding: Coding | None = None) -> bytes:
-    """The places in the shortest coding, or in ``coding``, which must be able to hold them.
+def encode(n: int, places: Places, among: Collection[Coding] = CODINGS) -> bytes:
+    """The places in the coding, and of the size, that ``nbytes`` says.
 
     Raises:
-        LocalProtocolError: as ``nbytes``.
+        LocalProtocolError: as there.
     """
-    draft = _shortest(n, places) if coding is None else _draft(coding, places, _gaps(n, places), n)
+    draft = _shortest(n, places, among)
     fields = b"".join(_write_field(numbers, width) for numbers, width in draft.fields)
     unary = np.zeros(draft.num_bits, bool)
-    if draft.ones is not None:
-        unary[draft.ones()] = True
+    unary[draft.ones()] = True
     bits = np.packbits(unary, bitorder="little").tobytes()
     return bytes([CODINGS.index(draft.coding)]) + draft.parameters + fields + bits
 
 
 def decode(n: int, k: int, buffer: bytes | memoryview) -> Places:
-    """The places that a buffer stands for, (k,), strictly increasing.
+    """The places that a buffer stands for, (k,), increasing.
 
-    Memory is bounded by a multiple of the buffer's size and, as k may be n at no cost in bytes,
-    of k.  So k is the caller's to bound: by the values that come with the places.
+    What it allocates is bounded by the buffer's size and by k, times a constant, whatever the
+    buffer says.  But a run of k places takes ten bytes for any k: so bound k first, by the
+    size of the values that come with the places.
 
     Raises:
-        RemoteProtocolError: ``encode`` could not have made the buffer, with any coding, of k
-            places below n.
+        RemoteProtocolError: ``encode`` makes no such buffer of k places below n, whatever
+            the coding.
     """
     data = np.frombuffer(buffer, np.uint8)
-    if not 0 <= k <= n <= MAX_SIZE:
-        raise RemoteProtocolError(f"{k} places below {n}")
-    if not len(data) or data[0] >= len(CODINGS):
-        raise RemoteProtocolError(f"places in no known coding: {bytes(data[:1]).hex()!r}")
-    coding, body = CODINGS[data[0]], data[1:]
+    if not (0 <= k <= n <= MAX_SIZE and len(data) and data[0] < len(CODINGS)):
+        raise RemoteProtocolError(f"{k} places below {n} as {bytes(data[:1]).hex()!r}")
+    coding, body = CODINGS[int(data[0])], data[1:]
     if (coding == "only") != (k in (0, n)):
         raise RemoteProtocolError(f"{k} places below {n} as {coding}")
     match coding:
@@ -108,93 +108,88 @@ def decode(n: int, k: int, buffer: bytes | memoryview) -> Places:
             return np.arange(k, dtype=np.int64)
         case "bitmap":
             _, places = _read(body, (k, 0))
+            _must(int(places[-1]) < n)
+            return places
         case "elias-fano":
-            places = _read_elias_fano(n, k, body)
+            return _read_elias_fano(n, k, body)
         case "golomb-rice":
-            places = _read_golomb_rice(n, k, body)
+            return _read_golomb_rice(n, k, body)
         case "runs":
-            places = _read_runs(n, k, body)
-    _must(places[-1] < n)
-    return places
+            return _read_runs(n, k, body)
 
 
 # --- writing ---------------------------------------------------------------------------
 
 
-def _shortest(n: int, places: Places) -> _Draft:
-    gaps, k = _gaps(n, places), len(places)
-    if k in (0, n):
-        return _Draft("only")
-    drafts = [_draft(c, places, gaps, n) for c in ("bitmap", "elias-fano", "golomb-rice")]
-    if LONG * (1 + np.count_nonzero(gaps[1:])) <= k:
-        drafts.append(_draft("runs", places, gaps, n))
-    return min(drafts, key=lambda draft: draft.nbytes)
-
-
-def _gaps(n: int, places: Places) -> Places:
-    """The gap of each place, (k,), checked not to be negative."""
-    gaps = np.empty(len(places), np.int64)
-    gaps[:1] = places[:1]
-    np.subtract(places[1:], places[:-1], out=gaps[1:])
-    gaps[1:] -= 1
-    if n > MAX_SIZE or (len(gaps) and (gaps.min() < 0 or places[-1] >= n)):
-        raise LocalProtocolError(f"places that do not increase, or pass {n}")
-    return gaps
-
-
-def _draft(coding: Coding, places: Places, gaps: Places, n: int) -> _Draft:
+def _shortest(n: int, places: Places, among: Collection[Coding]) -> _Draft:
     k = len(places)
+    gaps = np.diff(places, prepend=-1) - 1
+    if n > MAX_SIZE or (k and (int(gaps.min()) < 0 or int(places[-1]) >= n)):
+        raise LocalProtocolError(f"places that do not increase, or not to below {n}")
+    fit = [coding for coding in CODINGS[1:] if coding in among]
+    if k in (0, n):
+        fit = ["only"]
+    elif len(fit) > 1 and not _is_worth_runs(n, k, 1 + int(np.count_nonzero(gaps[1:]))):
+        fit = [coding for coding in fit if coding != "runs"]
+    return min((_draft(c, n, places, gaps) for c in fit), key=lambda draft: draft.nbytes)
+
+
+def _is_worth_runs(n: int, k: int, m: int) -> bool:
+    """Random places are in k (n - k) / n runs; only fewer, or long ones, save bytes as such."""
+    return 10 * n * m <= 9 * k * (n - k) or 3 * m <= k
+
+
+def _draft(coding: Coding, n: int, places: Places, gaps: Places) -> _Draft:
     match coding:
         case "only":
             return _Draft(coding)
         case "bitmap":
             return _Draft(coding, num_bits=int(places[-1]) + 1, ones=lambda: places)
         case "elias-fano":
-            low, last = _low_bits(n, k), int(places[-1])
-            return _Draft(
-                coding,
-                b"",
-                ((places, low),),
-                k + (last >> low),
-                lambda: (places >> low) + np.arange(k),
-            )
+            return _elias_fano(n, places)
         case "golomb-rice":
             return _golomb_rice(coding, b"", gaps)
         case "runs":
             starts = np.flatnonzero(np.append(True, gaps[1:] > 0))
-            absent = gaps[starts]
-            absent[1:] -= 1
-            return _golomb_rice(
-                coding, len(starts).to_bytes(5, "little"), np.diff(starts) - 1, absent
-            )
+            before = gaps[starts]
+            before[1:] -= 1
+            m = len(starts).to_bytes(5, "little")
+            return _golomb_rice(coding, m, np.diff(starts) - 1, before)
 
 
-def _golomb_rice(coding: Coding, head: bytes, *lists: Places) -> _Draft:
-    widths = [_width(numbers) for numbers in lists]
-    fields = tuple(zip(lists, widths, strict=True))
-    quotients = [numbers >> width for numbers, width in fields]
-    num_bits = sum(len(q) + int(q.sum()) for q in quotients)
+def _elias_fano(n: int, places: Places) -> _Draft:
+    k, width = len(places), _elias_fano_width(n, len(places))
+    num_bits = k + (int(places[-1]) >> width)
     return _Draft(
-        coding,
-        head + bytes(widths),
-        fields,
-        num_bits,
-        lambda: np.cumsum(np.concatenate(quotients) + 1) - 1,
+        "elias-fano",
+        fields=((places, width),),
+        num_bits=num_bits,
+        ones=lambda: (places >> width) + np.arange(k),
     )
 
 
-def _width(numbers: Places) -> int:
+def _golomb_rice(coding: Coding, parameters: bytes, *lists: Places) -> _Draft:
+    widths = [_golomb_rice_width(numbers) for numbers in lists]
+    high = np.concatenate([numbers >> width for numbers, width in zip(lists, widths, strict=True)])
+    fields = tuple(zip(lists, widths, strict=True))
+    num_bits = len(high) + int(high.sum())
+    return _Draft(
+        coding, parameters + bytes(widths), fields, num_bits, lambda: np.cumsum(high + 1) - 1
+    )
+
+
+def _golomb_rice_width(numbers: Places) -> int:
     """The smallest r of those that make golomb-rice shortest.
 
-    The size, len (r + 1) + sum(numbers >> r), is convex in r: a step up saves the sum of
-    ceil((number >> r) / 2), which falls with r.  So the first valley is the lowest.
+    r + 1 in place of r saves the sum of ceil((number >> r) / 2) bits, which falls with r, and
+    takes len(numbers): so the size has one valley.
     """
 
     def size(r: int) -> int:
         return len(numbers) * r + int((numbers >> r).sum())
 
     mean = int(numbers.sum()) // max(len(numbers), 1)
-    r = max(mean.bit_length() - 1, 0)
+    r = max(mean.bit_length() - 1, 0)  # near the bottom where the places are random
     here = size(r)
     while (there := size(r + 1)) < here:
         r, here = r + 1, there
@@ -203,7 +198,7 @@ def _width(numbers: Places) -> int:
     return r
 
 
-def _low_bits(n: int, k: int) -> int:
+def _elias_fano_width(n: int, k: int) -> int:
     return (n // k).bit_length() - 1
 
 
@@ -222,12 +217,12 @@ def _write_field(numbers: Places, width: int) -> bytes:
 
 
 def _read_elias_fano(n: int, k: int, body: Bytes) -> Places:
-    low = _low_bits(n, k)
-    (field,), ones = _read(body, (k, low))
+    width = _elias_fano_width(n, k)
+    (low,), ones = _read(body, (k, width))
     high = ones - np.arange(k)
-    _must(int(high[-1]) <= n >> low)  # or the shift could overflow
-    places = (high << low) | field
-    _must(bool((places[1:] > places[:-1]).all()))
+    _must(int(high[-1]) << width < n)  # before int64 could overflow
+    places = (high << width) | low
+    _must(int(places[-1]) < n and bool((places[1:] > places[:-1]).all()))
     return places
 
 
@@ -240,19 +235,19 @@ def _read_golomb_rice(n: int, k: int, body: Bytes) -> Places:
 def _read_runs(n: int, k: int, body: Bytes) -> Places:
     _must(len(body) >= 7)
     m = int.from_bytes(body[:5].tobytes(), "little")
-    _must(1 <= m <= min(k, n - k + 1))
+    _must(m >= 1)  # and not too many: the sums below would have to be negative
     r, s = int(body[5]), int(body[6])
-    lengths, absent = _read_numbers(body[7:], (m - 1, r, k - m), (m, s, n - k - (m - 1)))
+    lengths, before = _read_numbers(body[7:], (m - 1, r, k - m), (m, s, n - k - (m - 1)))
     lengths = np.append(lengths + 1, k - (m - 1) - int(lengths.sum()))
-    absent[1:] += 1
-    return np.repeat(np.cumsum(absent), lengths) + np.arange(k)
+    before[1:] += 1
+    return np.repeat(np.cumsum(before), lengths) + np.arange(k)
 
 
 def _read_numbers(data: Bytes, *lists: tuple[int, int, int]) -> list[Places]:
     """Lists written as golomb-rice, each given by its length, its r and its largest sum."""
     for count, r, most in lists:
-        # the best r above 0 is worth its bits: sum(numbers >> (r - 1)) is above count; with
-        # that no sum below can overflow
+        # r is better than r - 1, so sum(numbers >> (r - 1)) is above count; and with this no
+        # sum below can overflow
         _must(not r or count << (r - 1) < most)
     fields, ones = _read(data, *((count, r) for count, r, _ in lists))
     quotients = np.diff(ones, prepend=-1) - 1
@@ -260,14 +255,15 @@ def _read_numbers(data: Bytes, *lists: tuple[int, int, int]) -> list[Places]:
     for (count, r, most), field in zip(lists, fields, strict=True):
         high, quotients = quotients[:count], quotients[count:]
         _must(int(high.sum()) << r <= most)
-        numbers.append((high << r) | field)
-        _must(int(numbers[-1].sum()) <= most and _width(numbers[-1]) == r)
+        both = (high << r) | field
+        _must(int(both.sum()) <= most and _golomb_rice_width(both) == r)
+        numbers.append(both)
     return numbers
 
 
 def _read(data: Bytes, *fields: tuple[int, int]) -> tuple[list[Places], Places]:
     """The fields, each given by its length and width, and where the unary part has its ones."""
-    sizes = [_bytes(count * width) for count, width in fields]
+    sizes = [_num_bytes(count * width) for count, width in fields]
     total = sum(count for count, _ in fields)
     _must(total <= 8 * (len(data) - sum(sizes)))  # before anything that grows with it
     numbers = []
@@ -283,7 +279,7 @@ def _read_field(data: Bytes, count: int, width: int) -> Places:
     numbers = np.zeros(count, np.int64)
     for first in range(0, count if width else 0, PIECE):
         piece = numbers[first : first + PIECE]
-        raw = data[first * width // 8 :][: _bytes(len(piece) * width)]
+        raw = data[first * width // 8 :][: _num_bytes(len(piece) * width)]
         bits = np.unpackbits(raw, bitorder="little")
         _must(not bits[len(piece) * width :].any())
         for j, column in enumerate(bits[: len(piece) * width].reshape(-1, width).T):
@@ -304,7 +300,7 @@ def _read_ones(data: Bytes, count: int) -> Places:
     return ones
 
 
-def _bytes(num_bits: int) -> int:
+def _num_bytes(num_bits: int) -> int:
     return (num_bits + 7) // 8
 
 

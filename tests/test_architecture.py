@@ -21,7 +21,10 @@ OURS = {*MAY_IMPORT, "benchmarks", "scripts", "seedwire", "tests"}
 PURE = sorted(
     name
     for name in (
-        *(f"protocol/{m}.py" for m in ("wire", "messages", "payload", "noise", "blobs")),
+        *(
+            f"protocol/{m}.py"
+            for m in ("wire", "messages", "payload", "noise", "blobs", "places", "values")
+        ),
         *(f"fedalgos/{p.name}" for p in (ROOT / "fedalgos").glob("*.py")),
         "coordinator/rounds.py",
     )

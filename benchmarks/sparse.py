@@ -1,0 +1,102 @@
+"""Sparse vectors on the wire: bytes against the entropy bound, and speed, on 2.4 million numbers.
+
+    python -m benchmarks.sparse
+
+The bound is what a uniformly random choice of k places among n takes on average at least,
+ceil(log2 C(n, k)) bits, and the values as they are.  Masks are such choices, or whole rows of
+LoRA matrices of rank 8; rows are no uniformly random choice, so they may come below the bound.
+The speed is that of the whole payload, places and values, on one thread, in megabytes of the
+dense vector in binary32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from benchmarks.harness import Metric, alternate, progress, report
+from protocol import kernels, noise, places, values
+from protocol.places import Places
+from protocol.values import Flat
+
+SIZE, RANK, REPEATS = 2_400_000, 8, 9
+DENSITIES = [2**j for j in range(1, 11)]  # one in so many
+KEY = noise.key("benchmark", 0)
+VALUE_CODINGS: tuple[values.Coding, ...] = ("f16", "bf16", "int8", "sign")
+
+
+def bound_bytes(n: int, k: int) -> float:
+    """What the places of a random mask take at least."""
+    log2 = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
+    return math.ceil(log2) / 8
+
+
+def random_mask(one_in: int, rng: np.random.Generator) -> Places:
+    return np.sort(rng.choice(SIZE, SIZE // one_in, replace=False))
+
+
+def rows_mask(one_in: int, rng: np.random.Generator) -> Places:
+    rows = np.sort(rng.choice(SIZE // RANK, SIZE // RANK // one_in, replace=False))
+    return (RANK * rows[:, None] + np.arange(RANK)).ravel()
+
+
+def encode(where: Places, what: Flat, coding: values.Coding) -> tuple[bytes, bytes]:
+    places.nbytes(SIZE, where)  # the message comes before its payload and declares the size
+    return places.encode(SIZE, where), values.encode(coding, what, KEY)
+
+
+def decode(k: int, coded: tuple[bytes, bytes], coding: values.Coding) -> tuple[Places, Flat]:
+    return places.decode(SIZE, k, coded[0]), values.decode(coding, k, coded[1])
+
+
+def mb_s(where: Places, coding: values.Coding) -> tuple[float, float]:
+    """Megabytes of dense binary32 per second, encoded and decoded."""
+    what = np.random.default_rng(1).standard_normal(len(where)).astype(np.float32)
+    coded = encode(where, what, coding)
+    jobs: list[Callable[[], object]] = [
+        partial(encode, where, what, coding),
+        partial(decode, len(where), coded, coding),
+    ]
+    to, back = (4e-6 * SIZE / seconds for seconds in alternate(*jobs, repeats=REPEATS))
+    return to, back
+
+
+def main() -> None:
+    """Bytes and speed of every mask; the worst of each kind is what counts."""
+    kernels.use_threads(1)
+    rng = np.random.default_rng(0)
+    found: dict[str, list[tuple[float, float, float, float]]] = {}
+    for mask in (random_mask, rows_mask):
+        name = mask.__name__.removesuffix("_mask")
+        for one_in in DENSITIES:
+            where = mask(one_in, rng)
+            coding, size = places.nbytes(SIZE, where)
+            bound, raw = bound_bytes(SIZE, len(where)), 4 * len(where)
+            row = (size / bound, (size + raw) / (bound + raw), *mb_s(where, "f32"))
+            found.setdefault(name, []).append(row)
+            progress(
+                f"{name:7}1/{one_in:<6}{coding:13}{size:8} bytes {row[0]:6.3f} of the bound, "
+                f"{row[1]:6.3f} with values; {row[2]:8.0f} and {row[3]:8.0f} MB/s"
+            )
+    metrics: dict[str, Metric] = {}
+    for name, rows in found.items():
+        most = 1.05 if name == "random" else None
+        for i, what in enumerate(("places", "total")):
+            over = max(row[i] for row in rows)
+            metrics[f"{name}_{what}_over_bound"] = Metric(over, "x", "lower", most)
+        for i, way in enumerate(("encode", "decode"), 2):
+            metrics[f"{name}_{way}"] = Metric(min(row[i] for row in rows), "MB/s", "higher", 300)
+    quarter = random_mask(4, rng)
+    for value_coding in VALUE_CODINGS:
+        to, back = mb_s(quarter, value_coding)
+        progress(f"1/4 with {value_coding}: {to:.0f} and {back:.0f} MB/s")
+        metrics[f"{value_coding}_encode"] = Metric(to, "MB/s", "higher", 300)
+        metrics[f"{value_coding}_decode"] = Metric(back, "MB/s", "higher", 300)
+    report("sparse", metrics)
+
+
+if __name__ == "__main__":
+    main()
