@@ -158,7 +158,7 @@ def test_fedmezo_as_scalars_and_as_weights_ends_with_the_same_digest(
 
 KINDS = {
     "spry": ("", "lora"),
-    "flasc": ("", "lora"),
+    "flasc": ("density_up=0.9, density_down=0.9, steps=3", "lora"),
     "fedkseed": ("steps=2, candidates=16, lr=0.01, pro=true", "full"),
     "decomfl": ("steps=2, perturbations=3, lr=0.01", "full"),
     "baffle": ("perturbations=3, lr=0.01", "lora"),
