@@ -50,11 +50,19 @@ class Oracle(Protocol):
     def loss(self, x: Vector, batch: Batch) -> float:
         """f(x)."""
 
-    def grad(self, x: Vector, batch: Batch) -> tuple[float, Vector]:
-        """f(x) and its gradient, by backpropagation."""
+    def grad(
+        self, x: Vector, batch: Batch, ranges: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[float, Vector]:
+        """f(x) and its gradient, by backpropagation.
 
-    def jvp(self, x: Vector, direction: Direction, batch: Batch) -> tuple[float, float]:
-        """f(x) and its directional derivative, in one forward pass (forward mode)."""
+        With ``ranges`` only with respect to these, zero elsewhere; they end where
+        tensors end.
+        """
+
+    def jvp(
+        self, x: Vector, directions: Sequence[Direction], batch: Batch
+    ) -> tuple[float, list[float]]:
+        """f(x) and its derivative along each direction, in one forward pass (forward mode)."""
 
     def losses(
         self, x: Vector, direction: Direction, offsets: Sequence[float], batch: Batch

@@ -73,12 +73,15 @@ def spry(o: Spry, space: ParamSpace, seed: int) -> Method[State]:
         step_ = local_steps(o.local, [w[start:stop] for start, stop in ranges])  # views
         for t, batch in enumerate(batches):
             g: Vector = oracle.array(np.zeros(space.size, np.float32))
-            for k in range(o.perturbations):
-                key = noise.key("direction", seed, work.round, client, t, k)
-                v = Direction(key, ranges)
-                loss, jvp = oracle.jvp(w, v, batch)
-                losses.append(loss)
-                oracle.add_(g, jvp / o.perturbations, v)  # g = mean_k jvp_k v_k
+            keys = [
+                noise.key("direction", seed, work.round, client, t, k)
+                for k in range(o.perturbations)
+            ]
+            directions = [Direction(key, ranges) for key in keys]
+            loss, slopes = oracle.jvp(w, directions, batch)
+            losses.append(loss)
+            for v, slope in zip(directions, slopes, strict=True):
+                oracle.add_(g, slope / o.perturbations, v)  # g = mean_k jvp_k v_k
             step_([g[start:stop] for start, stop in ranges])
         return Dense(space.take(oracle.numpy(w), units), units), float(np.mean(losses))
 

@@ -63,20 +63,31 @@ class TorchOracle:
         self._put(x)
         return float(self._task.loss(self._model, batch))
 
-    def grad(self, x: torch.Tensor, batch: Batch) -> tuple[float, torch.Tensor]:
+    def grad(
+        self,
+        x: torch.Tensor,
+        batch: Batch,
+        ranges: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[float, torch.Tensor]:
         self._put(x)
         loss = self._task.loss(self._model, batch)
         gradients = torch.autograd.grad(loss, self._parameters)
         return float(loss.detach()), torch.cat([g.reshape(-1) for g in gradients])
 
-    @torch.no_grad()
-    def jvp(self, x: torch.Tensor, direction: Direction, batch: Batch) -> tuple[float, float]:
-        """Forward mode: tangents only on the tensors that the direction touches.
+    def jvp(
+        self, x: torch.Tensor, directions: Sequence[Direction], batch: Batch
+    ) -> tuple[float, list[float]]:
+        """Forward mode: tangents only on the tensors that the directions touch.
 
         Raises:
             ModelError: the model uses an operation without a forward rule.
         """
         self._put(x)
+        pairs = [self._jvp(direction, batch) for direction in directions]
+        return pairs[0][0], [slope for _, slope in pairs]
+
+    @torch.no_grad()
+    def _jvp(self, direction: Direction, batch: Batch) -> tuple[float, float]:
         tangent = self.array(direction.dense(len(self._flat)))
         touched = [p.any() for p in self._parts(tangent)]
         with forward_ad.dual_level():

@@ -47,6 +47,21 @@ class Model(Section, frozen=True, kw_only=True):
     dtype: Literal["fp32", "bf16"] = "fp32"
 
 
+class Compute(Section, frozen=True, kw_only=True):
+    """How nodes compute: memory against time, the same mathematics.
+
+    Attributes:
+        checkpointing: backpropagation keeps only what enters each block of the model,
+            and computes the rest again.
+        micro_batch: examples that go through the model at once; 0 is the whole batch.
+        directions: how many directions share one pass in forward mode.
+    """
+
+    checkpointing: bool = False
+    micro_batch: Count0 = 0
+    directions: Count = 4
+
+
 class Peft(Section, frozen=True, kw_only=True):
     """Which tensors are trained.
 
@@ -166,6 +181,7 @@ class Experiment(Section, frozen=True, kw_only=True):
     rounds: Rounds
     method: dict[str, Toml]
     peft: Peft = Peft()
+    compute: Compute = Compute()
     partition: Partition = Partition()
     nodes: Nodes = Nodes()
 

@@ -46,13 +46,23 @@ class Numpy(ABC):
     def loss(self, x: Vector, batch: Batch) -> float:
         return self.value(np.asarray(x, np.float64), batch)
 
-    def grad(self, x: Vector, batch: Batch) -> tuple[float, Vector]:
-        g = self.gradient(np.asarray(x, np.float64), batch)
-        return self.loss(x, batch), g.astype(np.float32)
+    def grad(
+        self, x: Vector, batch: Batch, ranges: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[float, Vector]:
+        g = self.gradient(np.asarray(x, np.float64), batch).astype(np.float32)
+        if ranges is None:
+            return self.loss(x, batch), g
+        out = np.zeros_like(g)
+        for start, stop in ranges:
+            out[start:stop] = g[start:stop]
+        return self.loss(x, batch), out
 
-    def jvp(self, x: Vector, direction: Direction, batch: Batch) -> tuple[float, float]:
+    def jvp(
+        self, x: Vector, directions: Sequence[Direction], batch: Batch
+    ) -> tuple[float, list[float]]:
         g = self.gradient(np.asarray(x, np.float64), batch)
-        return self.loss(x, batch), float(g @ direction.dense(len(x)).astype(np.float64))
+        along = [z.dense(len(x)).astype(np.float64) for z in directions]
+        return self.loss(x, batch), [float(g @ z) for z in along]
 
     def losses(
         self, x: Vector, direction: Direction, offsets: Sequence[float], batch: Batch

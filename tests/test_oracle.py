@@ -92,7 +92,7 @@ def test_jvp_is_the_gradient_in_the_direction_and_the_loss_itself(name: str) -> 
     gradient = oracle.numpy(g).astype(np.float64)
     for key in range(3):
         direction = Direction(key, ((0, len(x)),))
-        primal, derivative = oracle.jvp(oracle.array(x), direction, batch(name))
+        primal, (derivative,) = oracle.jvp(oracle.array(x), [direction], batch(name))
         assert primal == pytest.approx(loss, rel=1e-6)
         assert derivative == pytest.approx(gradient @ direction.dense(len(x)), rel=1e-4, abs=1e-6)
 
@@ -105,7 +105,7 @@ def test_jvp_of_a_part_is_the_derivative_along_that_part(name: str) -> None:
     first = trained.parameters[0].numel()
     whole = Direction(5, ((0, len(x)),)).dense(len(x)).astype(np.float64)
     for ranges in [((0, first),), ((first, len(x) - 3),), ((2, 9), (first + 1, first + 20))]:
-        _, derivative = oracle.jvp(oracle.array(x), Direction(5, ranges), batch(name))
+        _, (derivative,) = oracle.jvp(oracle.array(x), [Direction(5, ranges)], batch(name))
         expected = sum(gradient[a:b] @ whole[a:b] for a, b in ranges)
         assert derivative == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -124,14 +124,14 @@ def test_jvp_carries_tangents_only_where_the_direction_is(monkeypatch: pytest.Mo
     monkeypatch.setattr(forward_ad, "make_dual", counted)
     first, second = trained.parameters[:2]
     ranges = ((first.numel() + 1, first.numel() + 5),)
-    oracle.jvp(oracle.array(at("bert-tiny")), Direction(5, ranges), batch("bert-tiny"))
+    oracle.jvp(oracle.array(at("bert-tiny")), [Direction(5, ranges)], batch("bert-tiny"))
     assert made == [second.shape]
 
 
 def test_jvp_along_nothing_is_zero() -> None:
     oracle = loaded("bert-tiny")[2]
     x = oracle.array(at("bert-tiny"))
-    loss, derivative = oracle.jvp(x, Direction(5, ()), batch("bert-tiny"))
+    loss, (derivative,) = oracle.jvp(x, [Direction(5, ())], batch("bert-tiny"))
     assert derivative == 0.0
     assert loss == oracle.loss(x, batch("bert-tiny"))
 
@@ -155,7 +155,7 @@ def test_nothing_that_is_asked_changes_x(name: str) -> None:
     before, direction = oracle.numpy(x).tobytes(), Direction(3, ((0, 50),))
     oracle.loss(x, batch(name))
     oracle.grad(x, batch(name))
-    oracle.jvp(x, direction, batch(name))
+    oracle.jvp(x, [direction], batch(name))
     oracle.losses(x, direction, (0.1, -0.1), batch(name))
     assert oracle.numpy(x).tobytes() == before
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_forward_gradient_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """TV1: g = (1.55, -2, 1.125), v = (1, 2, -1), jvp = -3.575 (the constant .75 left out)."""
     given_direction(monkeypatch, 1, 2, -1)
     direction = noise.Direction(0, ((0, 3),))
-    loss, jvp = TV1.jvp(X1, direction, None)
+    loss, (jvp,) = TV1.jvp(X1, [direction], None)
     assert [loss, jvp] == pytest.approx([1.495 - 0.75, -3.575])
     for h in (1e-2, 1.0):  # the central difference is exact on a quadratic
         plus, minus = TV1.losses(X1, direction, (h, -h), None)
@@ -127,9 +128,11 @@ def test_every_step_perturbation_client_and_round_has_its_own_direction() -> Non
     oracle = Quadratic(f32(1, 1, 1))
 
     class Watching(Quadratic):
-        def jvp(self, x: Flat, direction: noise.Direction, batch: object) -> tuple[float, float]:
-            seen.append(direction)
-            return super().jvp(x, direction, batch)
+        def jvp(
+            self, x: Flat, directions: Sequence[noise.Direction], batch: object
+        ) -> tuple[float, list[float]]:
+            seen.extend(directions)
+            return super().jvp(x, directions, batch)
 
     o, space = Spry(perturbations=2), space_of(1, 2)
     for round, client in itertools.product((1, 2), (0, 1)):
