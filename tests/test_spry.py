@@ -124,7 +124,7 @@ def test_the_loss_reported_is_the_mean_over_the_steps() -> None:
 
 
 def test_every_step_perturbation_client_and_round_has_its_own_direction() -> None:
-    seen = []
+    seen: list[noise.Direction] = []
     oracle = Quadratic(f32(1, 1, 1))
 
     class Watching(Quadratic):
