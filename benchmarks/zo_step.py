@@ -64,7 +64,6 @@ def main() -> None:
         Peft(kind="full"),
         DATA,
         2,
-        jvp=False,
         device="cpu",
         seed=0,
     )

@@ -35,11 +35,6 @@ def settings(table: Mapping[str, Any]) -> AnySettings:
     return decoded
 
 
-def needs_jvp(o: AnySettings) -> bool:
-    """Whether the method asks the oracle for forward mode."""
-    return isinstance(o, Spry)
-
-
 def build(o: AnySettings, space: ParamSpace, seed: int) -> Method[Any]:
     """The method over a parameter space; ``seed`` is the run's."""
     match o:

@@ -67,13 +67,11 @@ class TrainedModel:
 
 
 def load(
-    model: Model, peft: Peft, data: Data, num_classes: int, *, jvp: bool, device: str, seed: int
+    model: Model, peft: Peft, data: Data, num_classes: int, *, device: str, seed: int
 ) -> TrainedModel:
     """Load a model for a task and choose what is trained.
 
-    ``jvp`` asks for eager attention, because forward-mode AD has no rule for the fused
-    kernels; it costs time and memory, so other methods do not get it.  With ``full``
-    nothing is frozen, and the model is fp32 whatever ``model.dtype`` says.
+    With ``full`` nothing is frozen, and the model is fp32 whatever ``model.dtype`` says.
 
     Raises:
         ModelError: the model is not there, is not of the task's kind, or lacks the
@@ -81,8 +79,6 @@ def load(
     """
     is_half = model.dtype == "bf16" and peft.kind != "full"
     options: dict[str, Any] = {"dtype": torch.bfloat16 if is_half else torch.float32}
-    if jvp:
-        options["attn_implementation"] = "eager"
     with base_models.quiet():
         base, tokenizer, fresh = base_models.load(model.id, data.task, num_classes, options)
         base_models.check_length(model.id, base, data.max_length)

@@ -69,7 +69,6 @@ class Worker:
                 experiment.peft,
                 experiment.data,
                 len(shards.classes),
-                jvp=registry.needs_jvp(self.settings),
                 device=setup.device,
                 seed=experiment.run.seed,
             )

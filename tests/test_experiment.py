@@ -310,9 +310,3 @@ def test_faulty_settings_are_refused_with_their_path(table: dict[str, Any], why:
     with pytest.raises(ExperimentError, match=re.escape(why)) as caught:
         registry.settings(table)
     assert str(caught.value).startswith("[method] ")
-
-
-def test_only_spry_asks_for_forward_mode() -> None:
-    assert registry.needs_jvp(Spry())
-    others: list[registry.AnySettings] = [FedAvg(), FedMezo(), Flasc()]
-    assert not any(registry.needs_jvp(o) for o in others)

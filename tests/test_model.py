@@ -30,13 +30,10 @@ def _load(
     data: Data = CLASSIFY,
     *,
     dtype: Any = "fp32",
-    jvp: bool = False,
     seed: int = 0,
 ) -> TrainedModel:
     model_id = name if "/" in name or ":" in name else f"random:{name}"
-    return model.load(
-        Model(id=model_id, dtype=dtype), peft, data, 3, jvp=jvp, device="cpu", seed=seed
-    )
+    return model.load(Model(id=model_id, dtype=dtype), peft, data, 3, device="cpu", seed=seed)
 
 
 def _logits(net: Any, tokenizer: Any) -> torch.Tensor:
@@ -145,33 +142,6 @@ def test_another_seed_changes_the_new_tensors_and_not_the_base() -> None:
     assert torch.equal(zero.model.get_parameter(frozen), one.model.get_parameter(frozen))
     for name, a, b in zip(zero.names, zero.parameters, one.parameters, strict=True):
         assert torch.equal(a, b) == (".lora_B." in name or name.endswith("bias")), name
-
-
-def test_forward_mode_gets_eager_attention_and_others_the_fused_one() -> None:
-    assert _load(jvp=True).core.config._attn_implementation == "eager"
-    assert _load().core.config._attn_implementation == "sdpa"
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, in jvp
-def test_forward_mode_and_backprop_agree_on_a_directional_derivative() -> None:
-    trained = _load("llama-tiny", jvp=True, dtype="bf16")
-    _move(trained)
-    inputs = trained.tokenizer(["hello there"], return_tensors="pt")
-    point = dict(zip(trained.names, (p.detach() for p in trained.parameters), strict=True))
-    direction = {name: torch.ones_like(p) for name, p in point.items()}
-
-    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        kwargs = {"input_ids": inputs["input_ids"], "use_cache": False}
-        output = torch.func.functional_call(trained.model, parameters, (), kwargs)
-        return output.logits.square().sum()  # type: ignore[no-any-return]
-
-    jvp: Any = torch.func.jvp
-    _, forward = jvp(loss, (point,), (direction,))
-    gradients = torch.autograd.grad(
-        loss(dict(zip(trained.names, trained.parameters, strict=True))), trained.parameters
-    )
-    backward = torch.stack([gradient.sum() for gradient in gradients]).sum()
-    torch.testing.assert_close(forward, backward, rtol=0.05, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own

@@ -50,7 +50,7 @@ class Loaded:
         if name == "distilbert-tiny":  # peft has no default for it
             peft = msgspec.structs.replace(peft, targets=("q_lin", "lin1"))
         self.trained: TrainedModel = model.load(
-            Model(id=f"random:{name}", dtype=dtype), peft, data, 2, jvp=False, device="cpu", seed=0
+            Model(id=f"random:{name}", dtype=dtype), peft, data, 2, device="cpu", seed=0
         )
         task = TextTask(self.trained, data, ("0", "1"))
         self.task = task
