@@ -1,4 +1,4 @@
-"""The typed messages of protocol version 2, one union per direction.
+"""The typed messages of protocol version 3, one union per direction.
 
 ``docs/protocol.md`` is the specification and carries its own version number; this
 module implements it.  ``Channel`` packs one direction and unpacks it with every
@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from protocol import wire
 from protocol.payload import ClientId, Size, Spec
+from protocol.picks import Pick
 from protocol.wire import Frame, LocalProtocolError, RemoteProtocolError
 
 Text = Annotated[str, Meta(max_length=2000)]
@@ -144,13 +145,18 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class Score(Message, frozen=True, kw_only=True, tag="score"):
-    """The answer to an ``evaluate``: mean loss and accuracy over the test set."""
+    """The answer to an ``evaluate``: mean loss and accuracy over the test set.
+
+    Of a causal task both are over the tokens that are scored; ``rouge_l`` is of answers
+    that the model wrote after the last round.
+    """
 
     version: Version
     loss: Real
     metric: Real
     examples: Examples
     costs: tuple[Cost, ...] = ()
+    rouge_l: Annotated[float, Meta(ge=0, le=1)] | None = None
 
 
 class Sync(Message, frozen=True, kw_only=True, tag="sync"):
@@ -191,7 +197,7 @@ class Task(Message, frozen=True, kw_only=True, tag="task"):
         tuple[Unit, ...], Meta(max_length=wire.MAX_ARRAY)
     ] = ()  # what to train; empty means everything
     lr: Annotated[float, Meta(gt=0, le=2e6)] | None = None  # null: the method's own
-    picks: Annotated[tuple[Unit, ...], Meta(max_length=wire.MAX_ARRAY)] = ()  # see fedalgos
+    picks: Annotated[tuple[Pick, ...], Meta(max_length=wire.MAX_ARRAY)] = ()  # see fedalgos
 
 
 class Step(Carrier, frozen=True, kw_only=True, tag="step"):

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
+from protocol import picks
+from protocol.picks import Pick
 from protocol.wire import MAX_ARRAY, RemoteProtocolError
 
 Flat = npt.NDArray[np.float32]
@@ -30,17 +32,27 @@ U16 = np.dtype("<u2")
 class Run(Struct, frozen=True, array_like=True):
     """One client's consecutive scalars: ``count`` of them, each to be scaled by ``scale``.
 
-    ``weight`` is the client's part in a mean over the runs.
+    ``weight`` is the client's part in a mean over the runs.  ``picks`` says which directions
+    they belong to, where these are not numbers 0 to ``count`` - 1 (``protocol.picks``).
     """
 
     client: ClientId
     count: Size
     scale: Scale = 1  # an int, which takes one byte on the wire
     weight: Annotated[float, Meta(gt=0, le=1e15)] = 1
+    picks: Annotated[tuple[Pick, ...], Meta(max_length=MAX_ARRAY)] = ()
+
+    def __post_init__(self) -> None:
+        if why := picks.fault(self.picks, self.count):
+            raise ValueError(why)
+
+    def numbers(self) -> list[int]:
+        """Of the directions, one for each scalar."""
+        return picks.unpack(self.picks, self.count)
 
 
 class ScalarsSpec(Struct, frozen=True, tag="scalars", tag_field="kind"):
-    """4 bytes each; the directions they belong to are implied by the run's seed."""
+    """4 bytes each; the directions they belong to have a number and are never sent."""
 
     runs: Annotated[tuple[Run, ...], Meta(max_length=MAX_ARRAY)]
 

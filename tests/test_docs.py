@@ -126,7 +126,7 @@ GOLDEN: dict[str, Message | Payload] = {
     "refuse": Refuse(code="login", reason="log in first"),
     "task": Task(round=7, attempt=0, client=3, version=6, units=(0, 2)),
     "pull": Pull(blob=1, offset=0, nbytes=524288),
-    "scalars": Scalars((Run(3, 2), Run(5, 1, 0.5)), VALUES),
+    "scalars": Scalars((Run(3, 2, picks=(7, 2)), Run(5, 1, 0.5)), VALUES),
     "sparse, bitmap": Sparse(20, np.array([0, 9, 19]), VALUES),
     "sparse, u32": Sparse(300, np.array([0, 258, 299]), VALUES),
     "blocks, f32": Blocks.of(np.array([2, 1]), VALUES, "f32"),

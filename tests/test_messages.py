@@ -61,8 +61,14 @@ def tuples(of: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
     return st.lists(of, max_size=3).map(tuple)
 
 
+picked = st.sampled_from([(), (0, 7), ((1 << 32) - 50,), (3, -2, 9)])
 specs = st.one_of(
-    st.builds(ScalarsSpec, runs=tuples(st.builds(Run, clients, small, st.floats(-1e30, 1e30)))),
+    st.builds(
+        ScalarsSpec,
+        runs=tuples(
+            st.builds(Run, clients, st.integers(4, 50), st.floats(-1e30, 1e30), picks=picked)
+        ),
+    ),
     st.builds(SparseSpec, size=small, count=small, places=st.sampled_from(["bitmap", "u32"])),
     st.builds(DenseSpec, count=small, units=tuples(sizes)),
 )
@@ -118,7 +124,13 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     Sync: st.builds(Sync, version=versions, reason=text),
     Welcome: st.builds(Welcome, run=text, experiment=tables),
     Refuse: st.builds(Refuse, code=text, reason=text),
-    Task: st.builds(Task, **where, version=versions, units=tuples(st.integers(0, (1 << 20) - 1))),
+    Task: st.builds(
+        Task,
+        **where,
+        version=versions,
+        units=tuples(st.integers(0, (1 << 20) - 1)),
+        picks=tuples(st.integers(1 - (1 << 32), (1 << 32) - 1)),
+    ),
     Step: carrier(Step, version=versions, round=rounds, digest=digests, snapshot=st.booleans()),
     Evaluate: st.builds(Evaluate, version=versions, last=st.booleans()),
     Reject: st.builds(Reject, **where, reason=text),
@@ -362,7 +374,7 @@ STEP_FIELDS = {"version": 1, "round": 1, "digest": bytes(16)}
         (
             UPDATE,
             "88a474797065a6757064617465a77061796c6f616482a46b696e64a77363616c617273a472756e73"
-            "919403020101a5726f756e6407a7617474656d707401a6636c69656e7403a86578"
+            "91950302010190a5726f756e6407a7617474656d707401a6636c69656e7403a86578"
             "616d706c657320a46c6f7373cb3fe0000000000000a5636f7374739183a57068617365a574726169"
             "6ea77365636f6e6473cb3ff4000000000000a3727373ce00100000",
         ),
@@ -382,4 +394,4 @@ STEP_FIELDS = {"version": 1, "round": 1, "digest": bytes(16)}
 )
 def test_golden_bytes(message: Message, golden: str) -> None:
     frames = ALL.pack(message, buffer_for(message))
-    assert (frames[0], bytes(frames[1]).hex()) == (b"\x02", golden)
+    assert (frames[0], bytes(frames[1]).hex()) == (b"\x03", golden)

@@ -54,7 +54,7 @@ from protocol.messages import Beat as Heartbeat
 from protocol.meter import Key
 from protocol.noise import STREAM
 from protocol.payload import Dense, Flat
-from protocol.wire import MAX_INLINE_BYTES, Frame
+from protocol.wire import MAX_INLINE_BYTES, VERSION, Frame
 from tests.fakes import FakeNet, Frames
 from tests.oracles import Quadratic, space_of
 
@@ -482,7 +482,8 @@ def test_an_update_for_another_nodes_client_is_dropped(make: Make) -> None:
 def test_garbage_is_survived_and_counted(make: Make) -> None:
     run = make()
     a, *_ = two_nodes(run)
-    garbage: list[Frames] = [[], [b""], [b"\x02", b"\xff"], [b"\x02", b"\xc1", b"x"], [b"\x02"] * 9]
+    ours = bytes([VERSION])
+    garbage: list[Frames] = [[], [b""], [ours, b"\xff"], [ours, b"\xc1", b"x"], [ours] * 9]
     for frames in garbage:
         run.net.deliver(0.15, a.peer, frames)
         run.net.deliver(0.15, b"a stranger", frames)

@@ -40,7 +40,7 @@ from protocol.messages import (
 from protocol.noise import STREAM
 from protocol.payload import DenseSpec
 from protocol.transport import Router
-from protocol.wire import Frame
+from protocol.wire import VERSION, Frame
 from tests.fakes import Blocker, ScriptedWorker, refusing
 
 pytestmark = pytest.mark.net
@@ -275,7 +275,8 @@ def test_a_heartbeat_says_what_it_is_busy_with_while_it_works(c: Coordinator) ->
 def test_garbage_and_rejections_are_survived(c: Coordinator) -> None:
     c.start().welcome()
     c.expect(Ready)
-    for frames in ([b"\x02"], [b"\x02", b"\xc1"], [b""] * 5):
+    ours = bytes([VERSION])
+    for frames in ([ours], [ours, b"\xc1"], [b""] * 5):
         assert c.router.send(c.peer, frames)
     c.say(Chunk(blob=9, offset=0), b"x")
     c.say(Reject(round=1, attempt=0, client=0, reason="after the deadline"))
