@@ -30,7 +30,7 @@ from fedalgos.method import (
 )
 from fedalgos.replay import Path, alphas, replay
 from fedalgos.space import ParamSpace
-from fedalgos.zeroth import COMMON, Scheme, differences, wants_scalars
+from fedalgos.zeroth import COMMON, Scheme, at_one_point, differences, wants_scalars
 from protocol import noise
 from protocol.noise import Direction
 from protocol.payload import Flat, Payload, Run, Scalars
@@ -54,16 +54,12 @@ def baffle(o: Baffle, space: ParamSpace, seed: int) -> Method[None]:
     def local(
         x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
     ) -> tuple[Payload, float]:
-        w, losses = oracle.start(x), []
+        w = oracle.start(x)
         z = [Direction(key(work.round, k), space.ranges()) for k in range(o.perturbations)]
-        total, n = np.zeros(o.perturbations), 0
-        for batch in batches:
-            g, loss = differences(oracle, w, z, o.eps, batch, o.scheme)
-            total += np.array(g, np.float64)
-            n += 1
-            losses.append(loss)
-        runs = (Run(work.assignment.client, o.perturbations),)
-        return Scalars(runs, (total / n).astype(np.float32)), float(np.mean(losses))
+        g, loss = at_one_point(
+            batches, lambda batch: differences(oracle, w, z, o.eps, batch, o.scheme)
+        )
+        return Scalars((Run(work.assignment.client, o.perturbations),), g), loss
 
     def aggregate(
         s: None, x: Flat, round: int, contributions: Iterable[Contribution]

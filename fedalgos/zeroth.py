@@ -42,6 +42,21 @@ def differences(
     return [np.float32((a - base) / eps) for a in ahead], base
 
 
+def at_one_point(
+    batches: Iterable[Batch],
+    derivatives: Callable[[Batch], tuple[Sequence[float] | Sequence[np.float32], float]],
+) -> tuple[Flat, float]:
+    """The mean of several batches' derivatives, in fp64 and rounded once, and their mean loss.
+
+    Args:
+        batches: each counts the same.
+        derivatives: of a batch along the same directions every time, and its loss.
+    """
+    found = [derivatives(batch) for batch in batches]
+    mean = sum(np.array(g, np.float64) for g, _ in found) / len(found)
+    return np.asarray(mean, np.float32), float(np.mean([loss for _, loss in found]))
+
+
 @dataclass(frozen=True, slots=True)
 class Walk:
     """What a local run found: where it ended, its scalars step by step, its mean loss."""
@@ -106,8 +121,8 @@ def wants_scalars(assignment: Assignment, payload: Payload, count: int) -> str |
     if not isinstance(payload, Scalars) or len(payload.runs) != 1:
         return "want one run of scalars"
     run = payload.runs[0]
-    if run.client != assignment.client or run.scale != 1.0 or run.weight != 1.0:
-        return "a run of another client, scale or weight"
+    if run != Run(assignment.client, run.count):
+        return "a run of another client, scale or weight, or with picks"
     if count and run.count != count:
         return f"another size: {run.count} scalars, want {count}"
     return None
