@@ -1,0 +1,194 @@
+"""FwdLLM: perturbed inference, and steps only when the estimates agree well enough.
+
+Xu et al., USENIX ATC 2024, arXiv:2308.13894.  A round is an *attempt*: every client of the
+cohort estimates its gradient at the shared parameters along K directions,
+
+    g_k = (f(x + h z_k) - f(x - h z_k)) / (2 h),     or z_k . grad f(x) in forward mode
+
+and sends the g.  The coordinator numbers the directions ("picks"), no two the same in a
+run, keeps what comes (``fedalgos.pacing``), and publishes an empty step until the mean is
+steady; then
+
+    x <- x - lr_t (1/n) sum_i (1/K_i) sum_k g_ik z_ik       over all n contributions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import numpy as np
+from msgspec import Meta
+
+from fedalgos import sampling
+from fedalgos.method import (
+    Assignment,
+    Batch,
+    Contribution,
+    Method,
+    Oracle,
+    Positive,
+    Work,
+)
+from fedalgos.pacing import Gauge, Pacing, Pool, passes, variance
+from fedalgos.replay import Path, alphas, replay
+from fedalgos.space import ParamSpace
+from fedalgos.zeroth import at_one_point, differences, wants_scalars
+from protocol import kernels, noise, picks
+from protocol.errors import ExperimentError
+from protocol.noise import Direction
+from protocol.payload import Flat, Payload, Run, Scalars
+
+MOST = 4096  # directions of one client in one attempt: its picks stay within a task's bounds
+
+
+class FwdLLM(Pacing, frozen=True, kw_only=True, tag="fwdllm"):
+    """Settings of FwdLLM.
+
+    Attributes:
+        lr: falls linearly to 0 over ``decay_rounds`` rounds, if these are not 0.
+        estimator: derivatives from two losses ``eps`` (the paper's h) to either side, or
+            by forward mode.
+        perturbations: K; with ``grow`` "perturbations", K times the number of the attempt.
+        keep: the share of the candidate directions that is used.
+    """
+
+    lr: Positive = 0.01
+    decay_rounds: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
+    estimator: Literal["central", "jvp"] = "central"
+    eps: Positive = 0.01
+    perturbations: Annotated[int, Meta(ge=1, le=MOST)] = 1
+    grow: Literal["clients", "perturbations"] = "clients"
+    keep: Annotated[float, Meta(ge=0.001, le=1)] = 1.0
+
+
+@dataclass(frozen=True)
+class State:
+    """What the server keeps.
+
+    Attributes:
+        next: the first pick that is free.
+        pool, gauge, attempts: since the last commit, but for the gauge's memory.
+        reference: the last committed gradient, (D,), if candidates are ranked by it.
+        commits, last: how many there were, and the attempts that the last one took.
+    """
+
+    next: int = 0
+    pool: Pool = field(default_factory=Pool.empty)
+    gauge: Gauge = field(default_factory=Gauge)
+    attempts: int = 0
+    reference: Flat | None = None
+    commits: int = 0
+    last: int = 0
+
+
+def rate(o: FwdLLM, done: int) -> float:
+    """The step size after this many rounds: lr (R - done) / R, never below 0."""
+    left = (o.decay_rounds - done) / o.decay_rounds if o.decay_rounds else 1.0
+    return o.lr * max(left, 0.0)
+
+
+def directions(assignment: Assignment) -> list[int]:
+    """The picks of an assignment, which has how many, and then the picks as written."""
+    count, *written = assignment.picks
+    if (why := picks.fault(written, count)) or count > MOST:
+        raise ValueError(why or f"{count} directions")
+    return picks.unpack(written, count)
+
+
+def metrics(s: State) -> Mapping[str, float]:
+    """The gate's view; a variance that was not measured is absent."""
+    seen = {"variance": s.gauge.variance, "smoothed_variance": s.gauge.smoothed}
+    known = {name: value for name, value in seen.items() if value is not None}
+    return known | {"pooled": len(s.pool), "commits": s.commits, "last_attempts": s.last}
+
+
+def fwdllm(o: FwdLLM, space: ParamSpace, seed: int) -> Method[State]:
+    """Build FwdLLM over a parameter space; ``seed`` is the run's.
+
+    Raises:
+        ExperimentError: the gate's tensor does not exist.
+    """
+    if o.gate == "tensor" and o.tensor >= len(space.tensors):
+        raise ExperimentError(f"[method] tensor {o.tensor} of {len(space.tensors)}")
+    probed = space.offsets[o.tensor : o.tensor + 2] if o.gate == "tensor" else (0, space.size)
+
+    def key(pick: int) -> int:
+        return noise.key("proposal", seed, pick)
+
+    def sizes(s: State) -> tuple[int, int]:
+        """Directions and candidates of a client in this attempt."""
+        k = o.perturbations * (s.attempts + 1 if o.grow == "perturbations" else 1)
+        k = min(k, MOST)
+        return k, k if s.reference is None else sampling.num_candidates(k, o.keep)
+
+    def plan(s: State, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
+        count, size = sizes(s)
+        m = len(cohort)
+        if s.reference is None:
+            chosen = np.arange(s.next, s.next + m * count).reshape(m, count).tolist()
+        else:
+            chosen = sampling.best(s.reference, s.next, m, size, count, key)
+        of = dict(zip(sorted(cohort), chosen, strict=True))  # so that a step's picks increase
+        return tuple(Assignment(c, picks=(count, *picks.pack(of[c]))) for c in cohort)
+
+    def local(
+        x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
+    ) -> tuple[Payload, float]:
+        w = oracle.start(x)
+        z = [Direction(key(pick), space.ranges()) for pick in directions(work.assignment)]
+
+        def estimate(batch: Batch) -> tuple[Sequence[float] | Sequence[np.float32], float]:
+            if o.estimator == "central":
+                return differences(oracle, w, z, o.eps, batch, "central")
+            loss, slopes = oracle.jvp(w, z, batch)
+            return slopes, loss
+
+        g, loss = at_one_point(batches, estimate)
+        return Scalars((Run(work.assignment.client, len(z)),), g), loss
+
+    def aggregate(
+        s: State, x: Flat, round: int, contributions: Iterable[Contribution]
+    ) -> tuple[State, Payload]:
+        del x
+        arrived = [(directions(c.assignment), c.payload.values) for c in contributions]
+        pool, attempts = s.pool.grown(arrived), s.attempts + 1
+        gauge = Gauge(single=s.gauge.single)
+        if o.gate != "none" and len(pool) > 1:
+            gauge = gauge.read(variance(pool, key, *probed), len(pool), o.smoothing)
+        size = sizes(s)[1]
+        blocks = (max(asked[-1] for asked, _ in arrived) - s.next) // size + 1
+        new = replace(s, next=s.next + size * max(blocks, 0), gauge=gauge)
+        if not passes(o, gauge, pool, attempts):
+            return replace(new, pool=pool, attempts=attempts), Scalars((), np.zeros(0, np.float32))
+        done = replace(new, pool=Pool.empty(), attempts=0, commits=s.commits + 1, last=attempts)
+        if o.keep < 1:
+            done = replace(done, reference=gradient(pool))
+        return done, Scalars(pool.runs(rate(o, round - 1)), pool.values)
+
+    def gradient(pool: Pool) -> Flat:
+        g = np.zeros(space.size, np.float32)
+        kernels.add_(g, [key(pick) for pick in pool.picks.tolist()], pool.mean())
+        return g
+
+    def apply(x: Flat, round: int, step: Payload) -> Flat:
+        del round
+        assert isinstance(step, Scalars)
+        if not step.runs:
+            return x.copy()
+        keys = [key(pick) for run in step.runs for pick in run.numbers()]
+        values = np.split(step.values, np.cumsum([run.count for run in step.runs])[:-1])
+        along = [alphas(run.scale, v) for run, v in zip(step.runs, values, strict=True)]
+        return replay(x, (Path(keys, np.concatenate(along)),))
+
+    return Method(
+        init=lambda x: (State(), None),
+        plan=plan,
+        local=local,
+        accepts=lambda a, payload: wants_scalars(a, payload, a.picks[0]),
+        aggregate=aggregate,
+        apply=apply,
+        onto="previous",
+        metrics=metrics,
+    )
