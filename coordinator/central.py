@@ -22,6 +22,7 @@ class Central:
     Attributes:
         x: the shared parameters, (space.size,) float32.
         version: how many steps made them.
+        metrics: what the method says of its state after the last committed round.
     """
 
     def __init__(self, method: Method[Any], space: ParamSpace, x: Flat) -> None:
@@ -29,6 +30,7 @@ class Central:
         self.space = space
         self.x = x
         self.version = 0
+        self.metrics: Mapping[str, float] = {}
         self._digests = [digest(x)]  # of every version
         self.history = History(self.snapshot().nbytes, method.absolute)
         self._initial = x if method.onto == "initial" else None
@@ -53,7 +55,7 @@ class Central:
             seconds = time.perf_counter() - start
         if not (np.isfinite(step.values).all() and np.isfinite(x).all()):
             raise ArithmeticError("the aggregate is not finite")
-        self._state = state
+        self._state, self.metrics = state, self.method.metrics(state)
         self._take(step, x, round, seconds)
 
     @property

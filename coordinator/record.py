@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -133,7 +134,8 @@ class RunRecorder:
             r.losses[update.client] = (update.examples, update.loss)
         self._raise_peaks(member)
 
-    def committed(self, commit: Commit, now: float) -> None:
+    def committed(self, commit: Commit, now: float, metrics: Mapping[str, float]) -> None:
+        """A round is done; ``metrics`` are the method's own figures."""
         assert self.round is not None  # noqa: S101 - it was opened
         seconds = now - self.round.opened_at
         counted = [self.round.losses[c] for c, _ in commit.refs if c in self.round.losses]
@@ -150,6 +152,7 @@ class RunRecorder:
             attempt=commit.attempt,
             cohort=list(commit.cohort),
             missing={str(client): why for client, why in commit.missing},
+            **metrics,
         )
 
     def abandoned(self, abandon: Abandon, now: float) -> None:

@@ -8,7 +8,7 @@ logs, or draws from a global generator; hyperparameters are closed over by the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
@@ -83,12 +83,16 @@ class Assignment:
         lr: its step size, where the method gives each client its own.
         picks: which of the method's candidates to use, one for each step, where the
             coordinator chooses.
+        slot: its place in the plan, where places differ; the coordinator keeps it.
+        num_slots: how many places the plan has.
     """
 
     client: int
     units: tuple[int, ...] = ()
     lr: float | None = None
     picks: tuple[int, ...] = ()
+    slot: int = 0
+    num_slots: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
 
 
+def no_metrics(state: Any) -> Mapping[str, float]:
+    """The figures of methods that have none."""
+    del state
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Method(Generic[S]):
     """A federated method as plain functions.
@@ -138,6 +148,7 @@ class Method(Generic[S]):
         apply: (parameters, round, step payload) -> new parameters, deterministic to the bit.
         onto: which parameters ``apply`` wants: the previous step's, those that the run
             began with, or none, because the step replaces them.
+        metrics: state -> figures of it that are worth a line in each round's record.
     """
 
     init: Callable[[Flat], tuple[S, Payload | None]]
@@ -147,6 +158,7 @@ class Method(Generic[S]):
     aggregate: Callable[[S, Flat, int, Iterable[Contribution]], tuple[S, Payload]]
     apply: Callable[[Flat, int, Payload], Flat]
     onto: Literal["previous", "initial", "nothing"]
+    metrics: Callable[[S], Mapping[str, float]] = no_metrics
 
     @property
     def absolute(self) -> bool:

@@ -6,10 +6,11 @@ Each is a struct of its constants, which is also its table in the experiment fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 from msgspec import Struct
 
 from fedalgos.method import Fraction, NonNegative, Positive, Vector
@@ -138,3 +139,16 @@ def server_step(o: Server, s: Moments, x: A, delta: A) -> tuple[Moments, A]:
             else:
                 v = o.beta2 * v + (1 - o.beta2) * square
             return replace(s, m=m, v=v), x + o.lr * m / (v**0.5 + o.tau)
+
+
+def server_gain(o: Server, moments: Iterable[Moments]) -> Mapping[str, float]:
+    """What the first moment is multiplied by, at the median of the second: Adam and Yogi.
+
+    lr / (sqrt(v) + tau) differs by coordinate and changes over the rounds, so the server's
+    rate alone does not say how far a change of the clients carries.  Other optimisers, and
+    any before its first step, have no such figure.
+    """
+    v = [s.v for s in moments if s.v is not None]
+    if not isinstance(o, Adam) or not v:
+        return {}
+    return {"server_gain": o.lr / (float(np.median(np.concatenate(v))) ** 0.5 + o.tau)}

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from fedalgos.optim import Adam, AdamW, Local, Moments, Server, Sgd, Yogi, local_steps, server_step
+from fedalgos.optim import (
+    Adam,
+    AdamW,
+    Local,
+    Moments,
+    Server,
+    Sgd,
+    Yogi,
+    local_steps,
+    server_gain,
+    server_step,
+)
 from tests.oracles import f32
 
 
@@ -166,3 +177,25 @@ def test_server_steps_read_the_same_on_torch(o: Server) -> None:
         s, x = server_step(o, s, x, delta)
         st, xt = server_step(o, st, xt, torch.tensor(delta))
     np.testing.assert_allclose(xt.numpy(), x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("o", [Adam(lr=0.5, tau=1.0), Yogi(lr=0.5, tau=1.0)])
+def test_the_gain_is_what_the_first_moment_is_multiplied_by(o: Server) -> None:
+    """At v = 4, the median over both units of 0, 1, 4, 9 and 100: .5 / (2 + 1)."""
+    units = [Moments(f32(1, 1), f32(100, 1), 1), Moments(), Moments(f32(1, 1, 1), f32(9, 0, 4), 1)]
+    assert server_gain(o, units) == {"server_gain": 0.5 / 3}
+    assert server_gain(o, iter(units)) == {"server_gain": 0.5 / 3}
+
+
+def test_at_one_coordinate_the_gain_is_the_step_over_the_first_moment() -> None:
+    s, x = server_step(Yogi(), Moments(), f32(1), f32(0.1))
+    assert s.m is not None
+    assert server_gain(Yogi(), [s])["server_gain"] * s.m == pytest.approx(x - 1, rel=1e-4)
+
+
+@pytest.mark.parametrize("o", [Sgd(lr=1.0), Sgd(lr=1.0, momentum=0.9), AdamW(lr=1.0), Yogi()])
+def test_there_is_no_gain_before_a_step_nor_of_other_optimisers(o: Server) -> None:
+    assert server_gain(o, []) == {}
+    assert server_gain(o, [Moments()]) == {}
+    s, _ = server_step(o, Moments(), f32(1), f32(0.1))
+    assert bool(server_gain(o, [s])) == isinstance(o, Yogi)
