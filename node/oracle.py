@@ -1,41 +1,55 @@
 """The model as methods see it: losses and derivatives of one flat fp32 vector.
 
 The trained parameters are views of one flat buffer.  A local run trains that buffer in
-place (``start``); asking about any other vector copies it there first.  Perturbed
-inference leaves it alone (``node.shift``).
+place (``start``); asking about any other vector copies it there first.  Directions leave
+it alone: perturbed inference (``node.shift``) and forward mode (``node.forward``).
+
+With micro-batches a mini-batch goes through the model in parts, whose means are averaged
+by their weights; directions go in groups.  Both change memory and rounding, nothing else.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch.autograd import forward_ad
 
-from node import device
+from node import checkpointing, device
+from node.forward.engine import Forward
 from node.model import TrainedModel
 from node.shift import Shifter
-from node.task import Batch, TextTask
-from protocol.errors import ModelError
+from node.task import Batch, Task
+from protocol.experiment import Compute
 from protocol.noise import Direction
 from protocol.payload import Flat
+
+Ranges = Sequence[tuple[int, int]]
 
 
 class TorchOracle:
     """Implements ``fedalgos.method.Oracle`` for a model and a task."""
 
-    def __init__(self, trained: TrainedModel, task: TextTask) -> None:
+    def __init__(
+        self, trained: TrainedModel, task: Task, compute: Compute | None = None
+    ) -> None:
+        self._compute = compute or Compute()
         self._model, self._task = trained.model, task
-        self._names, self._parameters = trained.names, trained.parameters
+        self._parameters = trained.parameters
         self._shapes = [tuple(p.shape) for p in self._parameters]
         self._sizes = [p.numel() for p in self._parameters]
         flat = torch.cat([p.detach().reshape(-1) for p in self._parameters])
         self._flat = flat
         for parameter, part in zip(self._parameters, self._parts(flat), strict=True):
             parameter.data = part  # from here on the model's own tensors are views
-        starts = itertools.accumulate(self._sizes, initial=0)
-        offsets = {id(p): start for p, start in zip(self._parameters, starts, strict=False)}
+        self._starts = list(itertools.accumulate(self._sizes, initial=0))
+        pairs = zip(self._parameters, self._starts, strict=False)
+        offsets = {id(p): start for p, start in pairs}
+        if self._compute.checkpointing:
+            checkpointing.enable(trained.model)
+        self._forward = Forward(trained.model, offsets)
         self._shifter = Shifter(trained.model, offsets, task.label_rows)
 
     def initial(self) -> Flat:
@@ -61,18 +75,24 @@ class TorchOracle:
     @torch.no_grad()
     def loss(self, x: torch.Tensor, batch: Batch) -> float:
         self._put(x)
-        return float(self._task.loss(self._model, batch))
+        return self._mean_loss(batch)
 
     def grad(
-        self,
-        x: torch.Tensor,
-        batch: Batch,
-        ranges: Sequence[tuple[int, int]] | None = None,
+        self, x: torch.Tensor, batch: Batch, ranges: Ranges | None = None
     ) -> tuple[float, torch.Tensor]:
         self._put(x)
-        loss = self._task.loss(self._model, batch)
-        gradients = torch.autograd.grad(loss, self._parameters)
-        return float(loss.detach()), torch.cat([g.reshape(-1) for g in gradients])
+        gradient = torch.zeros_like(self._flat)
+        with self._differentiating(ranges) as (wanted, spans):
+            losses = []
+            for part, share in self._shares(batch):
+                loss = self._loss(part)
+                losses.append((float(loss.detach()), share))
+                for (start, stop), g in zip(
+                    spans, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True
+                ):
+                    if g is not None:
+                        gradient[start:stop].add_(g.reshape(-1), alpha=share)
+        return _mean(losses), gradient
 
     def jvp(
         self, x: torch.Tensor, directions: Sequence[Direction], batch: Batch
@@ -83,31 +103,17 @@ class TorchOracle:
             ModelError: the model uses an operation without a forward rule.
         """
         self._put(x)
-        pairs = [self._jvp(direction, batch) for direction in directions]
-        return pairs[0][0], [slope for _, slope in pairs]
-
-    @torch.no_grad()
-    def _jvp(self, direction: Direction, batch: Batch) -> tuple[float, float]:
-        tangent = self.array(direction.dense(len(self._flat)))
-        touched = [p.any() for p in self._parts(tangent)]
-        with forward_ad.dual_level():
-            duals = {
-                name: forward_ad.make_dual(parameter, part)  # type: ignore[no-untyped-call]
-                for name, parameter, part, is_touched in zip(
-                    self._names, self._parts(self._flat), self._parts(tangent), touched, strict=True
-                )
-                if is_touched
-            }
-            try:
-                loss = self._task.loss(
-                    lambda **inputs: torch.func.functional_call(self._model, duals, (), inputs),
-                    batch,
-                )
-            except NotImplementedError as error:
-                why = str(error).splitlines()[0]
-                raise ModelError(f"no forward mode through this model: {why}") from error
-            primal, derivative = forward_ad.unpack_dual(loss)  # type: ignore[no-untyped-call]
-        return float(primal), 0.0 if derivative is None else float(derivative)
+        losses: list[tuple[float, float]] = []
+        slopes = [0.0] * len(directions)
+        for part, share in self._shares(batch):
+            for at in range(0, len(directions), self._compute.directions):
+                group = directions[at : at + self._compute.directions]
+                loss, along = self._forward.run(self._flat, group, partial(self._loss, part))
+                for k, slope in enumerate(along):
+                    slopes[at + k] += share * slope
+                if at == 0:
+                    losses.append((loss, share))
+        return _mean(losses), slopes
 
     @torch.no_grad()
     def losses(
@@ -118,9 +124,7 @@ class TorchOracle:
         Raises:
             ModelError: the model reads a trained tensor outside of the module that owns it.
         """
-        return self._shifter.run(
-            x, direction, offsets, lambda: float(self._task.loss(self._model, batch))
-        )
+        return self._shifter.run(x, direction, offsets, lambda: self._mean_loss(batch))
 
     def add_(self, x: torch.Tensor, alpha: float, direction: Direction) -> None:
         device.add_(x, alpha, direction)
@@ -133,3 +137,43 @@ class TorchOracle:
     def _parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(flat, self._sizes)
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        return self._task.loss(self._model, batch)
+
+    def _mean_loss(self, batch: Batch) -> float:
+        return _mean((float(self._loss(part)), share) for part, share in self._shares(batch))
+
+    def _shares(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """The batch in micro-batches, each with its share of the whole's weight."""
+        size = self._compute.micro_batch
+        if not size or len(batch) <= size:
+            yield batch, 1.0
+            return
+        for part in batch.parts(size):
+            yield part, part.weight / batch.weight
+
+    @contextmanager
+    def _differentiating(
+        self, ranges: Ranges | None
+    ) -> Iterator[tuple[list[torch.nn.Parameter], list[tuple[int, int]]]]:
+        """Ask autograd for the tensors within ``ranges`` alone; it keeps less for fewer."""
+        spans = list(itertools.pairwise(self._starts))
+        inside = [
+            ranges is None or any(a <= start and stop <= b for a, b in ranges)
+            for start, stop in spans
+        ]
+        for parameter, is_inside in zip(self._parameters, inside, strict=True):
+            parameter.requires_grad_(is_inside)
+        try:
+            yield (
+                list(itertools.compress(self._parameters, inside)),
+                list(itertools.compress(spans, inside)),
+            )
+        finally:
+            for parameter in self._parameters:
+                parameter.requires_grad_(True)
+
+
+def _mean(pairs: Iterable[tuple[float, float]]) -> float:
+    return sum(value * share for value, share in pairs)

@@ -20,21 +20,12 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from torch.nn import functional
 
-from node import device
+from node import device, sites
+from node.sites import Site
 from protocol.errors import ModelError
 from protocol.noise import Direction
 
 Rows = torch.Tensor  # (n,) row numbers of a matrix
-
-
-@dataclass
-class Site:
-    """A module that owns trained tensors, and where they are in the flat vector."""
-
-    module: nn.Module
-    places: dict[str, tuple[int, torch.Size]]  # name -> offset, shape
-    inner: Callable[..., Any]
-    path: str
 
 
 @dataclass
@@ -78,21 +69,10 @@ class Shifter:
         self._label_rows = label_rows
         self._pass: _Pass | None = None
         self._scratch = torch.empty(0)
-        where = next(model.parameters()).device  # models ask a weight where to put their inputs
-        nothing: Any = nn.UninitializedParameter  # its types lack the device
-        self._nothing = nothing(requires_grad=False, device=where)
         self._is_scratch_free = True
-        self._sites = []
-        for path, module in model.named_modules():
-            places = {
-                name: (offsets[id(p)], p.shape)
-                for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
-                if id(p) in offsets
-            }
-            if places:
-                site = Site(module, places, module.forward, path)
-                module.forward = self._forward(site)
-                self._sites.append(site)
+        self._sites = sites.find(model, offsets)
+        for site in self._sites:
+            site.module.forward = self._forward(site, site.module.forward)
 
     def run(
         self,
@@ -111,7 +91,7 @@ class Shifter:
         results: dict[int, float] = {}
         p.runs = [greenlet(lambda s=s: results.update({s: call()})) for s in range(len(offsets))]
         p.depth = [0] * len(offsets)
-        with self._away():
+        with sites.away(self._sites):
             self._pass = p
             try:
                 while any(not run.dead for run in p.runs):
@@ -119,7 +99,7 @@ class Shifter:
                         if not run.dead:
                             run.switch()
             except (RuntimeError, ValueError) as error:
-                if "uninitialized parameter" not in str(error):
+                if not sites.reads_elsewhere(error):
                     raise
                 why = "reads a trained tensor outside of the module that owns it"
                 raise ModelError(f"perturbed inference: the model {why}: {error}") from error
@@ -130,35 +110,23 @@ class Shifter:
                 self._pass, self._is_scratch_free = None, True
         return tuple(results[s] for s in range(len(offsets)))
 
-    @contextmanager
-    def _away(self) -> Iterator[None]:
-        """No values in place of the trained ones: who reads them elsewhere, fails."""
-        real = [dict(site.module._parameters) for site in self._sites]
-        for site in self._sites:
-            site.module._parameters.update(dict.fromkeys(site.places, self._nothing))
-        try:
-            yield
-        finally:
-            for site, parameters in zip(self._sites, real, strict=True):
-                site.module._parameters.update(parameters)
-
-    def _forward(self, site: Site) -> Callable[..., Any]:
+    def _forward(self, site: Site, inner: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             p = self._pass
             if p is None:
-                return site.inner(*args, **kwargs)
+                return inner(*args, **kwargs)
             run = p.current
             if p.depth[run] == 0:  # inside another site the others must not go on
                 getcurrent().parent.switch()
             p.depth[run] += 1
             try:
-                return self._at(p, run, site, args, kwargs)
+                return self._at(p, run, site, inner, args, kwargs)
             finally:
                 p.depth[run] -= 1
 
         return forward
 
-    def _at(self, p: _Pass, run: int, site: Site, args: Any, kwargs: Any) -> Any:
+    def _at(self, p: _Pass, run: int, site: Site, inner: Any, args: Any, kwargs: Any) -> Any:
         """One run's way through a module."""
         module = site.module
         if module in self._label_rows and args:
@@ -172,7 +140,7 @@ class Shifter:
             away = {name: module._parameters[name] for name in own}
             module._parameters.update(own)  # type: ignore[arg-type]
             try:
-                return site.inner(*args, **kwargs)
+                return inner(*args, **kwargs)
             finally:
                 module._parameters.update(away)
 

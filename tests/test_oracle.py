@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.autograd import forward_ad
 
 from node import model
 from node.data import Examples
@@ -15,13 +15,11 @@ from node.model import TrainedModel
 from node.oracle import TorchOracle
 from node.task import Batch, TextTask
 from protocol import kernels
-from protocol.experiment import Data, Model, Peft
+from protocol.experiment import Compute, Data, Model, Peft
 from protocol.noise import Direction
 from protocol.payload import Flat
 
 torch.set_num_threads(1)
-# torch's own, in its first forward-mode derivative.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 TASKS = {
     "llama-tiny": Data(
@@ -40,13 +38,20 @@ NAMES = pytest.mark.parametrize("name", TASKS)
 @cache
 def loaded(name: str) -> tuple[TrainedModel, TextTask, TorchOracle, Flat]:
     """LoRA of both matrices: B moved off zero, where A would have no gradient."""
+    trained, task = fresh(name)
+    oracle = TorchOracle(trained, task)
+    return trained, task, oracle, oracle.initial()
+
+
+def fresh(name: str) -> tuple[TrainedModel, TextTask]:
     trained = model.load(
         Model(id=f"random:{name}"), Peft(rank=2), TASKS[name], 2, device="cpu", seed=0
     )
-    trained.core.set_attn_implementation("eager")  # the fused one has no forward rule
-    task = TextTask(trained, TASKS[name], ("0", "1"))
-    oracle = TorchOracle(trained, task)
-    return trained, task, oracle, oracle.initial()
+    return trained, TextTask(trained, TASKS[name], ("0", "1"))
+
+
+def made(name: str, compute: Compute) -> TorchOracle:
+    return TorchOracle(*fresh(name), compute)
 
 
 def at(name: str, seed: int = 1) -> Flat:
@@ -111,22 +116,90 @@ def test_jvp_of_a_part_is_the_derivative_along_that_part(name: str) -> None:
         assert derivative == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_jvp_carries_tangents_only_where_the_direction_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What forward mode costs is in proportion to the tensors that have a tangent."""
-    trained, _, oracle, _ = loaded("bert-tiny")
-    made: list[torch.Size] = []
-    make_dual = forward_ad.make_dual
+def test_directions_share_a_pass_and_the_rest_come_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = made("bert-tiny", Compute(directions=2))
+    x, directions = at("bert-tiny"), [Direction(key, ((0, 40),)) for key in range(5)]
+    passes: list[int] = []
+    run = oracle._forward.run
 
-    def counted(tensor: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
-        made.append(tensor.shape)
-        dual: torch.Tensor = make_dual(tensor, tangent)  # type: ignore[no-untyped-call]
-        return dual
+    def counted(x: Any, along: Any, call: Any) -> Any:
+        passes.append(len(along))
+        return run(x, along, call)
 
-    monkeypatch.setattr(forward_ad, "make_dual", counted)
-    first, second = trained.parameters[:2]
-    ranges = ((first.numel() + 1, first.numel() + 5),)
-    oracle.jvp(oracle.array(at("bert-tiny")), [Direction(5, ranges)], batch("bert-tiny"))
-    assert made == [second.shape]
+    monkeypatch.setattr(oracle._forward, "run", counted)
+    loss, slopes = oracle.jvp(oracle.array(x), directions, batch("bert-tiny"))
+    assert passes == [2, 2, 1]
+    single = [oracle.jvp(oracle.array(x), [z], batch("bert-tiny")) for z in directions]
+    assert slopes == pytest.approx([slope for _, (slope,) in single], rel=1e-5)
+    assert [loss] * 5 == pytest.approx([each for each, _ in single])
+
+
+@NAMES
+def test_micro_batches_change_nothing_but_rounding(name: str) -> None:
+    whole, parts = loaded(name)[2], made(name, Compute(micro_batch=2))
+    x, along = at(name), [Direction(key, ((0, 50),)) for key in (1, 2)]
+    ours, theirs = parts.array(x), whole.array(x)
+    assert parts.loss(ours, batch(name)) == pytest.approx(whole.loss(theirs, batch(name)))
+    loss, g = parts.grad(ours, batch(name))
+    want_loss, want = whole.grad(theirs, batch(name))
+    assert loss == pytest.approx(want_loss)
+    torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-6)
+    value, slopes = parts.jvp(ours, along, batch(name))
+    want_value, want_slopes = whole.jvp(theirs, along, batch(name))
+    assert value == pytest.approx(want_value)
+    assert slopes == pytest.approx(want_slopes, rel=1e-4)
+    points = parts.losses(ours, along[0], (0.1, -0.1), batch(name))
+    assert points == pytest.approx(whole.losses(theirs, along[0], (0.1, -0.1), batch(name)))
+
+
+def test_a_micro_batch_is_all_that_the_model_sees() -> None:
+    trained, task = fresh("bert-tiny")
+    oracle = TorchOracle(trained, task, Compute(micro_batch=2))
+    rows: list[int] = []
+    trained.core.register_forward_pre_hook(
+        lambda m, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    x = oracle.start(at("bert-tiny"))
+    oracle.grad(x, batch("bert-tiny"))
+    oracle.jvp(x, [Direction(1, ((0, 9),))], batch("bert-tiny"))
+    assert rows == [2, 1, 2, 1]
+
+
+@NAMES
+def test_checkpointing_gives_the_same_gradient_and_runs_blocks_twice(name: str) -> None:
+    trained, task = fresh(name)
+    oracle = TorchOracle(trained, task, Compute(checkpointing=True))
+    inner = next(m for n, m in trained.model.named_modules() if n.endswith(("mlp", "attention")))
+    calls: list[int] = []
+    inner.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss, g = oracle.grad(oracle.array(at(name)), batch(name))
+    assert len(calls) == 2
+    want_loss, want = loaded(name)[2].grad(loaded(name)[2].array(at(name)), batch(name))
+    assert loss == pytest.approx(want_loss)
+    torch.testing.assert_close(g, want, rtol=1e-5, atol=1e-7)
+    calls.clear()
+    oracle.loss(oracle.array(at(name)), batch(name))
+    assert len(calls) == 1
+
+
+@NAMES
+def test_a_gradient_of_some_ranges_is_that_part_and_asks_for_no_more(name: str) -> None:
+    trained, _, oracle, _ = loaded(name)
+    x, first = at(name), trained.parameters[0].numel()
+    size = first + trained.parameters[1].numel()
+    wanted: list[list[bool]] = []
+    hook = trained.core.register_forward_pre_hook(
+        lambda *_: wanted.append([p.requires_grad for p in trained.parameters])
+    )
+    _, whole = oracle.grad(oracle.array(x), batch(name))
+    _, part = oracle.grad(oracle.array(x), batch(name), ((first, size),))
+    hook.remove()
+    torch.testing.assert_close(part[first:size], whole[first:size])
+    assert not part[:first].any()
+    assert not part[size:].any()
+    assert wanted[0] == [True] * len(trained.parameters)
+    assert wanted[1] == [i == 1 for i in range(len(trained.parameters))]
+    assert all(p.requires_grad for p in trained.parameters)
 
 
 def test_jvp_along_nothing_is_zero() -> None:
@@ -192,21 +265,14 @@ def test_an_array_is_a_private_copy() -> None:
 
 def test_the_parameters_begin_as_loaded_and_load_moves_the_model_itself() -> None:
     trained, *_ = loaded("bert-tiny")
-    fresh = model.load(
-        Model(id="random:bert-tiny"),
-        Peft(rank=2),
-        TASKS["bert-tiny"],
-        2,
-        device="cpu",
-        seed=0,
-    )
-    flat = torch.cat([p.detach().reshape(-1) for p in fresh.parameters]).numpy().copy()
-    oracle = TorchOracle(fresh, TextTask(fresh, TASKS["bert-tiny"], ("0", "1")))
+    new, task = fresh("bert-tiny")
+    flat = torch.cat([p.detach().reshape(-1) for p in new.parameters]).numpy().copy()
+    oracle = TorchOracle(new, task)
     start = oracle.initial()
     assert start.tobytes() == flat.tobytes()
     moved = start + np.float32(1)
     oracle.load(moved)
-    now = torch.cat([p.detach().reshape(-1) for p in fresh.parameters]).numpy()
+    now = torch.cat([p.detach().reshape(-1) for p in new.parameters]).numpy()
     assert now.tobytes() == moved.tobytes()
     assert start.tobytes() == flat.tobytes()  # what was handed out is no view of it
-    assert [p.shape for p in fresh.parameters] == [p.shape for p in trained.parameters]
+    assert [p.shape for p in new.parameters] == [p.shape for p in trained.parameters]

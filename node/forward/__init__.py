@@ -1,0 +1,1 @@
+"""Forward-mode differentiation: derivatives along several directions beside the value."""

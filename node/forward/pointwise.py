@@ -1,0 +1,204 @@
+"""Rules of arithmetic and activations: one value, K tangents, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from node.forward.dual import (
+    RULES,
+    Dual,
+    NoForwardRuleError,
+    differentiated,
+    padded,
+    primal_of,
+    rule,
+)
+
+aten = torch.ops.aten
+
+
+def _ndim(x: Any) -> int:
+    return x.dim() if isinstance(x, torch.Tensor) else 0
+
+
+def _padded(x: Any, ndim: int) -> Any:
+    """A dual's stack, ready to broadcast; anything else as it is."""
+    return padded(x, ndim) if isinstance(x, Dual) else x
+
+
+# --- arithmetic ------------------------------------------------------------------
+
+
+def _sum(a: Any, b: Any, alpha: float) -> Dual:
+    """A + alpha b."""
+    if not isinstance(b, Dual):
+        return _shifted(a, b if alpha == 1 else b * alpha)
+    if not isinstance(a, Dual):
+        return _shifted(b if alpha == 1 else Dual(b.stack * alpha), a)
+    ndim = max(a.dim(), b.dim())
+    return Dual(torch.add(padded(a, ndim), padded(b, ndim), alpha=alpha))
+
+
+def _shifted(x: Dual, by: Any) -> Dual:
+    """A constant moves the value alone."""
+    primal = x.primal + by
+    stack = primal.new_empty((len(x.stack), *primal.shape))
+    stack[0] = primal
+    stack[1:] = padded(x, primal.dim())[1:]
+    return Dual(stack)
+
+
+@rule("add", "__add__", "__radd__")
+def _add(a: Any, b: Any, *, alpha: float = 1) -> Dual:
+    return _sum(a, b, alpha)
+
+
+@rule("sub", "subtract", "__sub__")
+def _sub(a: Any, b: Any, *, alpha: float = 1) -> Dual:
+    return _sum(a, b, -alpha)
+
+
+@rule("rsub", "__rsub__")
+def _rsub(a: Any, b: Any, *, alpha: float = 1) -> Dual:
+    return _sum(b, a, -alpha)
+
+
+@rule("mul", "multiply", "__mul__", "__rmul__")
+def _mul(a: Any, b: Any) -> Dual:
+    ndim = max(_ndim(a), _ndim(b))
+    x, y = _padded(a, ndim), _padded(b, ndim)
+    if not (isinstance(a, Dual) and isinstance(b, Dual)):
+        return Dual(x * y)
+    stack = x * y[:1]
+    stack[1:].addcmul_(x[:1], y[1:])
+    return Dual(stack)
+
+
+@rule("div", "true_divide", "divide", "__truediv__")
+def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:  # a step function
+        return torch.div(primal_of(a), primal_of(b), rounding_mode=rounding_mode)
+    ndim = max(_ndim(a), _ndim(b))
+    if not isinstance(b, Dual):
+        return Dual(_padded(a, ndim) / b)
+    y = padded(b, ndim)
+    if not isinstance(a, Dual):
+        stack = a / y[:1]
+        return Dual(torch.cat([stack, -stack * (y[1:] / y[:1])]))
+    stack = padded(a, ndim) / y[:1]
+    stack[1:].addcmul_(stack[:1], y[1:] / y[:1], value=-1)
+    return Dual(stack)
+
+
+@rule("__rtruediv__")
+def _rdiv(b: Any, a: Any) -> Any:
+    return _div(a, b)
+
+
+@rule("pow", "__pow__")
+def _pow(x: Any, exponent: Any) -> Any:
+    if not isinstance(x, Dual) or isinstance(exponent, torch.Tensor):
+        return differentiated(torch.pow, (x, exponent), {})
+    return _mapped(x, x.primal**exponent, exponent * x.primal ** (exponent - 1))
+
+
+# --- functions of one number ---------------------------------------------------------
+
+
+def _mapped(x: Dual, primal: torch.Tensor, slope: torch.Tensor) -> Dual:
+    """From f(x) and f'(x)."""
+    stack = torch.empty_like(x.stack)
+    stack[0] = primal
+    torch.mul(x.tangents, slope, out=stack[1:])
+    return Dual(stack)
+
+
+def _backward(
+    forward: Callable[..., torch.Tensor], backward: Callable[..., torch.Tensor], of_output: bool
+) -> Callable[..., Dual]:
+    """Where f works element by element its backward pass is its forward derivative too."""
+
+    def apply(x: Dual, *args: Any, **kwargs: Any) -> Dual:
+        kwargs.pop("inplace", None)
+        primal = forward(x.primal, *args, **kwargs)
+        stack = torch.empty_like(x.stack)
+        stack[0] = primal
+        at = primal if of_output else x.primal
+        for k, tangent in enumerate(x.tangents):
+            stack[1 + k] = backward(tangent, at, *args, **kwargs)
+        return Dual(stack)
+
+    return apply
+
+
+RULES |= {
+    "gelu": _backward(functional.gelu, aten.gelu_backward, of_output=False),
+    "silu": _backward(functional.silu, aten.silu_backward, of_output=False),
+    "tanh": _backward(torch.tanh, aten.tanh_backward, of_output=True),
+    "sigmoid": _backward(torch.sigmoid, aten.sigmoid_backward, of_output=True),
+    "relu": _backward(torch.relu, lambda t, y: aten.threshold_backward(t, y, 0), of_output=True),
+}
+
+_SLOPES: dict[str, tuple[Any, Callable[[Any, Any], Any]]] = {  # f, and f' from x and f(x)
+    "exp": (torch.exp, lambda x, y: y),
+    "log": (torch.log, lambda x, y: 1 / x),
+    "sqrt": (torch.sqrt, lambda x, y: 0.5 / y),
+    "rsqrt": (torch.rsqrt, lambda x, y: -0.5 * y**3),
+    "reciprocal": (torch.reciprocal, lambda x, y: -(y**2)),
+    "sin": (torch.sin, lambda x, y: torch.cos(x)),
+    "cos": (torch.cos, lambda x, y: -torch.sin(x)),
+    "abs": (torch.abs, lambda x, y: torch.sign(x)),
+    "square": (torch.square, lambda x, y: 2 * x),
+}
+
+
+def _sloped(f: Any, slope: Callable[[Any, Any], Any]) -> Callable[[Dual], Dual]:
+    def apply(x: Dual) -> Dual:
+        y = f(x.primal)
+        return _mapped(x, y, slope(x.primal, y))
+
+    return apply
+
+
+RULES |= {name: _sloped(*entry) for name, entry in _SLOPES.items()}
+
+# --- steps: constant but for a set of measure zero -----------------------------------
+
+
+def _plain(name: str) -> Callable[..., Any]:
+    f = getattr(torch, name, None) or getattr(torch.Tensor, name)
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        plain = [primal_of(arg) for arg in args]
+        return f(*plain, **kwargs)
+
+    return apply
+
+
+_STEPS: tuple[str, ...] = (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+)
+_STEPS += ("__ge__", "argmax", "argmin", "argsort", "isnan", "isinf", "isfinite", "sign", "any")
+_STEPS += ("all", "ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "allclose")
+_STEPS += ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "equal", "nonzero")
+RULES |= {name: _plain(name) for name in _STEPS}
+
+
+@rule("item", "tolist", "numpy", "__float__", "__int__", "__array__")
+def _read(x: Dual, *_: Any) -> Any:
+    del x
+    raise NoForwardRuleError("item", "reads numbers out of the computation")

@@ -1,0 +1,127 @@
+"""Modules that treat each row by itself, run on a few rows at a time.
+
+A feed-forward block widens its input several times; with tangents that would set the peak
+of the whole pass.  Such a block does the same to every token, so it can take the tokens
+in pieces, and its wide intermediates then have the size of one piece.  Whether a module is
+of that kind is not read off its name: it is tried once, on three rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from node.forward.dual import Dual
+
+SCRATCH = 1 << 20  # numbers of a piece's widest tensor, all tangents counted: 4 MB
+MOST_PIECES = 8  # per tangent and value: a quantised weight is unpacked once for each
+
+
+def find(model: nn.Module) -> dict[nn.Module, int]:
+    """The outermost modules that treat rows alike and widen them, with their widest width."""
+    found: dict[nn.Module, int] = {}
+    answers: dict[tuple[Any, int, int], bool] = {}  # layers of a model are alike
+
+    def visit(module: nn.Module) -> None:
+        widths = _widths(module)
+        if widths is not None:
+            key = (type(module), *widths)
+            if key not in answers:
+                answers[key] = _is_rowwise(module, widths[0])
+            if answers[key]:
+                found[module] = widths[1]
+                return
+        for child in module.children():
+            visit(child)
+
+    visit(model)
+    return found
+
+
+@contextmanager
+def in_pieces(modules: dict[nn.Module, int], trained: Collection[nn.Module]) -> Iterator[None]:
+    """While inside, these modules take rows with tangents a piece at a time.
+
+    Those that are ``trained`` make tangents themselves, so they take any rows so.
+    """
+    before = {module: module.__dict__.get("forward") for module in modules}
+    try:
+        for module, width in modules.items():
+            module.__dict__["forward"] = _pieces(module.forward, width, module in trained)
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
+
+
+def _pieces(forward: Any, width: int, is_trained: bool) -> Any:
+    def run(x: Any) -> Any:
+        if not (isinstance(x, Dual) or is_trained):
+            return forward(x)
+        stack = x.stack if isinstance(x, Dual) else x[None]
+        stack = stack.reshape(len(stack), -1, x.shape[-1])
+        n, rows = stack.shape[:2]
+        count = min(-(-n * rows * width // SCRATCH), MOST_PIECES * n, rows)
+        if count < 2:
+            return forward(x)
+        out, at = torch.empty(0), 0
+        for piece in stack.chunk(count, 1):
+            piece = piece.contiguous()  # for one product over the stack, not one for each part
+            y = forward(Dual(piece) if isinstance(x, Dual) else piece[0])
+            part = y.stack if isinstance(y, Dual) else y[None]
+            if at == 0:
+                out = part.new_empty((len(part), rows, part.shape[-1]))
+            out[:, at : at + part.shape[1]] = part
+            at += part.shape[1]
+        out = out.view(len(out), *x.shape[:-1], -1)
+        return Dual(out) if len(out) > 1 else out[0]
+
+    return run
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """Input width and largest width inside, if the module has matrices and widens."""
+    if isinstance(module, nn.Linear | nn.ModuleList):
+        return None
+    shapes: list[tuple[int, int]] = []
+    for m in module.modules():
+        matrix: Any = m
+        if hasattr(m, "in_features") and hasattr(m, "out_features"):
+            shapes.append((matrix.in_features, matrix.out_features))
+        elif isinstance(m, Conv1D):
+            shapes.append((matrix.nx, matrix.nf))
+    if not shapes:
+        return None
+    first, widest = shapes[0][0], max(out for _, out in shapes)
+    return (first, widest) if widest > first else None
+
+
+@torch.no_grad()
+def _is_rowwise(module: nn.Module, width: int) -> bool:
+    """Whether it takes one tensor and gives each row the same, alone or among others."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    if len(needed) != 1:
+        return False
+    like = next(module.parameters())
+    kind = like.dtype if like.is_floating_point() else torch.float32
+    x = torch.linspace(-1, 1, 3 * width, device=like.device).sin().view(1, 3, width).to(kind)
+    try:
+        whole, flat = module(x), module(x[0])
+        alone = [module(x[:, i : i + 1]) for i in range(3)]
+    except Exception:  # whatever a module says that wants something else
+        return False
+    ok = isinstance(whole, torch.Tensor) and whole.dim() == 3 and whole.shape[:2] == x.shape[:2]
+    if not ok or not whole.is_floating_point():
+        return False
+    most = (1e-4 if kind == torch.float32 else 2e-2) * float(whole.abs().max())
+    apart = [whole[0] - flat, whole - torch.cat(alone, 1)]
+    return all(float(difference.abs().max()) <= most for difference in apart)

@@ -1,0 +1,388 @@
+"""Duals: each rule against torch's own forward mode or central differences, in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from node.forward import engine, rowwise
+from node.forward.dual import RULES, Dual, NoForwardRuleError
+from node.forward.engine import Forward
+from protocol.errors import ModelError
+from protocol.noise import Direction
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
+K = 3
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 17 * len(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+X, Y = drawn(1 + K, 2, 3, 4), drawn(1 + K, 2, 3, 4, seed=1)
+POSITIVE = torch.cat([X[:1].abs() + 0.5, X[1:]])
+WIDE = drawn(5, 4)
+ROW, SQUARE = drawn(4, seed=3), drawn(4, 4, seed=4)
+MASK = drawn(2, 3, 4, seed=5) > 0
+IDS = torch.tensor([[0, 2], [1, 1]])
+TARGET = torch.tensor([1, -100, 3, 0, 2, 2])
+Call = Callable[..., Any]
+
+FLASH: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+ONE: dict[str, Call] = {
+    "view": lambda x: x.view(6, 4),
+    "view of a size": lambda x: x.view(torch.Size((3, 8))),
+    "reshape": lambda x: x.transpose(0, 1).reshape(-1),
+    "transpose": lambda x: x.transpose(0, 2),
+    "transpose from the end": lambda x: x.transpose(-1, -2),
+    "permute": lambda x: x.permute(2, 0, 1),
+    "mT": lambda x: x.mT,
+    "unsqueeze": lambda x: x.unsqueeze(1).unsqueeze(-1),
+    "squeeze": lambda x: x[:, :1].squeeze(1) + x[:1, :1].squeeze(),
+    "flatten": lambda x: x.flatten(1),
+    "expand": lambda x: x[:, :1].expand(-1, 5, -1),
+    "expand to more dimensions": lambda x: x[0, 0].expand(6, 4),
+    "split": lambda x: x.split(2, dim=-1)[1] * x.split(1)[1][:, :, 2:],
+    "chunk": lambda x: torch.chunk(x, 2, dim=2)[0],
+    "unbind": lambda x: x.unbind(1)[2],
+    "getitem": lambda x: x[..., 1:3] + x[:, None, 0, 2:],
+    "getitem by an index": lambda x: x[:, IDS[0]],
+    "getitem by two": lambda x: x[IDS[:, 0], :, IDS[1]],
+    "getitem by a mask": lambda x: x[MASK],
+    "cat": lambda x: torch.cat([x, X[0], 2 * x], dim=1),
+    "stack": lambda x: torch.stack([x, X[0]], dim=-1),
+    "to": lambda x: x.to(torch.float64).contiguous().clone(),
+    "neg": lambda x: -x,
+    "sum": lambda x: x.sum(),
+    "sum of a dim": lambda x: x.sum(dim=1, keepdim=True),
+    "mean": lambda x: x.mean(-1, keepdim=True) * x.mean((0, 1)),
+    "where": lambda x: torch.where(MASK, x, -1.0),
+    "masked_fill": lambda x: x.masked_fill(MASK, 7.0),
+    "gather": lambda x: x.gather(2, IDS[None].expand(2, 2, 2)),
+    "repeat": lambda x: x.repeat(2, 1, 1),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, dim=1),
+    "roll": lambda x: torch.roll(x, 1, dims=2),
+    "tril": lambda x: x.tril(),
+    "cumsum": lambda x: x.cumsum(1),
+    "add": lambda x: x + 2 + X[0] + (1 + x),
+    "add, broadcast": lambda x: x[0, 0] + X[0],
+    "sub": lambda x: (x - 2) * (2 - x) - (X[0] - x),
+    "sub, alpha": lambda x: torch.sub(X[0], x, alpha=3) + torch.add(x, X[0], alpha=2),
+    "mul": lambda x: 2 * x * X[0] * x,
+    "mul, broadcast": lambda x: x[:, :1] * x * ROW,
+    "div": lambda x: x / 3 / (X[0] + 5),
+    "pow": lambda x: x**2 + x.pow(3),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu, tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
+    "exp": torch.exp,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "abs": torch.abs,
+    "square": torch.square,
+    "softmax": lambda x: functional.softmax(x, dim=-1),
+    "softmax of a middle dim": lambda x: x.softmax(1),
+    "softmax, dtype": lambda x: functional.softmax(x, dim=-1, dtype=torch.float64),
+    "log_softmax": lambda x: functional.log_softmax(x, dim=-1),
+    "layer_norm": lambda x: functional.layer_norm(x, (4,), ROW, ROW, 1e-5),
+    "rms_norm": lambda x: functional.rms_norm(x, (4,), ROW, 1e-5),
+    "dropout, off": lambda x: functional.dropout(x, 0.5, training=False),
+    "linear": lambda x: functional.linear(x, WIDE, WIDE[:, 0]),
+    "linear weight": lambda x: functional.linear(X[0], x[0], x[0, :, 0]),
+    "linear both": lambda x: functional.linear(x, x[0], x[0, :, 0]),
+    "linear bias": lambda x: functional.linear(X[0], WIDE[:4], x[0, 0]),
+    "matmul": lambda x: x @ SQUARE,
+    "matmul from the left": lambda x: SQUARE @ x.mT,
+    "matmul both": lambda x: x @ x.mT,
+    "bmm": lambda x: torch.bmm(x, x.transpose(1, 2)),
+    "addmm": lambda x: torch.addmm(ROW, x[0], SQUARE),
+    "baddbmm": lambda x: torch.baddbmm(x[:, :, :3], x, x.mT, beta=0.5, alpha=2.0),
+    "embedding": lambda x: functional.embedding(IDS, x[0]),
+    "cross_entropy": lambda x: functional.cross_entropy(x.view(6, 4), TARGET),
+    "cross_entropy, sum": lambda x: functional.cross_entropy(x.view(6, 4), TARGET, reduction="sum"),
+    "cross_entropy, none": lambda x: functional.cross_entropy(
+        x.view(6, 4), TARGET, reduction="none"
+    ),
+    "cross_entropy, smoothed": lambda x: functional.cross_entropy(
+        x.view(6, 4), TARGET, label_smoothing=0.1
+    ),
+    "no rule of ours": lambda x: torch.logsumexp(x, 1) + torch.erf(x).amax(1),
+    "einsum": lambda x: torch.einsum("bij,bkj->bik", x, X[0]),
+    "attention": lambda x: functional.scaled_dot_product_attention(x, 2 * x, X[0] + x),
+}
+POSITIVES: dict[str, Call] = {
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "log": torch.log,
+    "reciprocal": torch.reciprocal,
+    "div by a dual": lambda x: (1 / x) + (X[0] / x) + (x[0] / x),
+    "a number to a power": lambda x: torch.pow(2.0, x) + x**x,
+}
+CASES = [(f, X) for f in ONE.values()] + [(f, POSITIVE) for f in POSITIVES.values()]
+
+
+def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+
+
+@pytest.mark.parametrize(("f", "stack"), CASES, ids=[*ONE, *POSITIVES])
+def test_a_rule_agrees_with_torchs_forward_mode(
+    f: Call, stack: torch.Tensor, request: pytest.FixtureRequest
+) -> None:
+    jvp: Any = torch.func.jvp
+    plain = (lambda x: eager(x, 2 * x, X[0] + x)) if "attention" in request.node.name else f
+    got = f(Dual(stack.clone()))
+    assert isinstance(got, Dual)
+    for k in range(K):
+        primal, tangent = jvp(plain, (stack[0],), (stack[1 + k],))
+        torch.testing.assert_close(got.primal, primal)
+        torch.testing.assert_close(got.tangents[k], tangent)
+
+
+IN_PLACE: dict[str, Call] = {
+    "add": lambda x, y: x.add_(y),
+    "mul": lambda x, y: x.mul_(y),
+    "of a view": lambda x, y: x[:, 1:].sub_(y[:, 1:]),
+    "masked": lambda x, y: x.masked_fill_(MASK, 2.0),
+    "copy": lambda x, y: x[:1].copy_(y[0]),
+    "copy of a constant": lambda x, y: x.copy_(ROW),
+    "of a part": lambda x, y: x.__setitem__((0, slice(1, 3)), y[0, 1:]),
+    "of a constant": lambda x, y: x.__setitem__((slice(None), 0), 5.0),
+}
+
+
+@pytest.mark.parametrize("f", IN_PLACE.values(), ids=IN_PLACE)
+def test_what_changes_a_dual_in_place_changes_its_tangents(f: Call) -> None:
+    x = Dual(X.clone())
+    f(x, Dual(Y))
+    for k in range(K):
+        jvp: Any = torch.func.jvp
+
+        def out(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            a = a.clone()
+            f(a, b)
+            return a
+
+        primal, tangent = jvp(out, (X[0], Y[0]), (X[1 + k], Y[1 + k]))
+        torch.testing.assert_close(x.primal, primal)
+        torch.testing.assert_close(x.tangents[k], tangent)
+
+
+def test_an_operator_on_a_plain_tensor_gives_a_dual_and_leaves_the_tensor() -> None:
+    total = before = X[0].clone()
+    total += Dual(Y)
+    assert isinstance(total, Dual)
+    torch.testing.assert_close(before, X[0])
+    torch.testing.assert_close(total.tangents, Y[1:])
+
+
+def test_a_dual_looks_like_its_value() -> None:
+    x = Dual(X)
+    assert (x.shape, x.dim(), len(x), x.numel(), x.size(-1)) == ((2, 3, 4), 3, 2, 24, 4)
+    assert (x.dtype, x.device, x.requires_grad) == (torch.float64, X.device, False)
+    assert torch.is_tensor(x)
+    assert x.is_floating_point()
+    assert "3 tangents" in repr(x)
+
+
+def test_comparisons_and_indices_come_from_the_value() -> None:
+    x = Dual(X)
+    for got, want in [
+        (x > 0, X[0] > 0),
+        (x.argmax(-1), X[0].argmax(-1)),
+        (torch.isfinite(x), torch.isfinite(X[0])),
+        (torch.zeros_like(x), torch.zeros_like(X[0])),
+        (x.max(-1)[1], X[0].max(-1)[1]),
+    ]:
+        assert not isinstance(got, Dual)
+        assert torch.equal(got, want)
+
+
+REFUSED: dict[str, Call] = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x.sum()),
+    "into a plain tensor": lambda x: X[0].clone().__setitem__(0, x[0]),
+    "in place of a plain tensor": lambda x: X[0].clone().copy_(x),
+    "dropout in attention": lambda x: functional.scaled_dot_product_attention(
+        x, x, x, dropout_p=0.5
+    ),
+    "no forward rule": lambda x: FLASH(x[None], x[None], x[None])[0],
+    "no other form": lambda x: x.random_(),
+}
+
+
+@pytest.mark.parametrize("f", REFUSED.values(), ids=REFUSED)
+def test_what_would_lose_tangents_is_refused(f: Call) -> None:
+    with pytest.raises(NoForwardRuleError):
+        f(Dual(X))
+
+
+class Twice(torch.autograd.Function):
+    """As a library may wrap its kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g * 2
+
+
+def test_an_autograd_function_is_followed_inside() -> None:
+    with torch.no_grad():
+        twice: Any = Twice.apply
+        got = twice(Dual(X))
+    torch.testing.assert_close(got.stack, 2 * X)
+
+
+def test_every_rule_is_named_after_something_that_torch_has() -> None:
+    """A name that nothing is called by is a typing error."""
+    places = (torch, torch.Tensor, functional)
+    assert [n for n in RULES if not any(hasattr(place, n) for place in places)] == []
+
+
+# --- the engine ----------------------------------------------------------------------------
+
+
+class Mix(nn.Module):
+    """Rows are not alike: each sees the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(4, 16)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.wide(x - x.mean(-2, keepdim=True))
+
+
+class Body(nn.Module):
+    """A block that widens, rows alike, in a model that mixes them."""
+
+    def __init__(self, act: Call = torch.tanh) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 4))
+        self.mix, self.back, self.act = Mix(), nn.Linear(16, 1), act
+
+    def forward(self, x: torch.Tensor) -> Any:
+        hidden = self.act(self.mix(x + self.mlp(x)))
+        return self.back(hidden).square().mean()
+
+
+def built(model: nn.Module) -> tuple[Forward, torch.Tensor, list[nn.Parameter]]:
+    """The engine and a flat vector that the model's parameters are views of."""
+    generator = torch.Generator().manual_seed(3)
+    parameters = list(model.parameters())
+    flat = torch.randn(sum(p.numel() for p in parameters), generator=generator) / 2
+    offsets, at = {}, 0
+    for p in parameters:
+        offsets[id(p)] = at
+        p.data = flat[at : at + p.numel()].view(p.shape)
+        at += p.numel()
+    return Forward(model, offsets), flat, parameters
+
+
+INPUT = drawn(3, 5, 4).float()
+
+
+def directions(size: int, *ranges: tuple[int, int]) -> list[Direction]:
+    return [Direction(key, ranges or ((0, size),)) for key in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("scratch", [1, 1 << 20])
+def test_a_pass_gives_loss_and_derivatives_along_each_direction(
+    scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowwise, "SCRATCH", scratch)
+    model = Body()
+    forward, flat, parameters = built(model)
+    before, along = flat.clone(), directions(len(flat))
+    loss, slopes = forward.run(flat, along, lambda: model(INPUT))
+    value = model(INPUT)
+    g = torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters)])
+    want = [float(g @ torch.from_numpy(z.dense(len(flat)))) for z in along]
+    assert loss == pytest.approx(float(value.detach()), rel=1e-6)
+    assert slopes == pytest.approx(want, rel=1e-4)
+    assert torch.equal(flat, before)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+def test_only_what_treats_rows_alike_and_widens_them_runs_in_pieces() -> None:
+    model = Body()
+    assert list(rowwise.find(model)) == [model.mlp]
+
+
+def test_in_pieces_nothing_is_as_wide_as_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowwise, "SCRATCH", 1)
+    widest: list[int] = []
+    model = Body()
+    forward, flat, _ = built(model)
+    model.mlp[1].register_forward_hook(lambda m, a, y: widest.append(y.numel()))
+    first = sum(p.numel() for p in model.mlp[0].parameters())
+    forward.run(flat, directions(len(flat), (0, first))[:1], lambda: model(INPUT))
+    assert len(widest) == rowwise.MOST_PIECES
+    assert max(widest) == 2 * 32  # of 15 rows
+
+
+def test_tangents_are_formed_once_for_all_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowwise, "SCRATCH", 1)
+    formed: list[int] = []
+    make = engine._dual
+
+    def noting(x: torch.Tensor, start: int, *args: Any) -> torch.Tensor:
+        formed.append(start)
+        return make(x, start, *args)
+
+    monkeypatch.setattr(engine, "_dual", noting)
+    model = Body()
+    forward, flat, parameters = built(model)
+    forward.run(flat, directions(len(flat)), lambda: model(INPUT))
+    assert len(formed) == len(set(formed)) == len(parameters)
+
+
+def test_what_no_direction_touches_stays_plain() -> None:
+    seen: list[type] = []
+    model = Body()
+    forward, flat, _ = built(model)
+    model.back.register_forward_pre_hook(lambda m, args: seen.append(type(args[0])))
+    last = model.back.weight.numel() + 1
+    forward.run(flat, directions(len(flat), (len(flat) - last, len(flat))), lambda: model(INPUT))
+    assert seen == [torch.Tensor]
+    loss, slopes = forward.run(flat, [Direction(1, ())], lambda: model(INPUT))
+    assert loss == pytest.approx(float(model(INPUT).detach()))
+    assert slopes == [0.0]
+
+
+def test_an_operation_without_a_rule_is_named_with_its_module() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return FLASH(x[None], x[None], x[None])[0][0]
+
+    model = Body(act=Odd())
+    forward, flat, parameters = built(model)
+    with pytest.raises(ModelError) as caught:
+        forward.run(flat, directions(len(flat)), lambda: model(INPUT))
+    assert str(caught.value).startswith(
+        "no forward mode through act (Odd): _scaled_dot_product_flash_attention_for_cpu: "
+    )
+    assert "\n" not in str(caught.value)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert not isinstance(model(INPUT), Dual)
+
+
+def test_a_tensor_read_outside_of_its_module_is_refused() -> None:
+    model = Body(act=lambda x: functional.linear(x, model.back.weight))
+    model.back = nn.Linear(16, 16)
+    forward, flat, _ = built(model)
+    with pytest.raises(ModelError, match="outside of the module that owns it"):
+        forward.run(flat, directions(len(flat)), lambda: model(INPUT))
