@@ -10,6 +10,7 @@ import msgspec
 from fedalgos.baffle import Baffle, baffle
 from fedalgos.decomfl import DeComFL, decomfl
 from fedalgos.fedavg import FedAvg, fedavg
+from fedalgos.fedfgd import FedFGD, fedfgd
 from fedalgos.fedkseed import FedKSeed, fedkseed
 from fedalgos.fedmezo import FedMezo, fedmezo
 from fedalgos.ferret import Ferret, ferret
@@ -19,7 +20,7 @@ from fedalgos.space import ParamSpace
 from fedalgos.spry import Spry, spry
 from protocol.errors import ExperimentError
 
-AnySettings = FedAvg | FedMezo | FedKSeed | DeComFL | Baffle | Ferret | Spry | Flasc
+AnySettings = FedAvg | FedMezo | FedKSeed | DeComFL | Baffle | Ferret | Spry | FedFGD | Flasc
 
 
 def settings(table: Mapping[str, Any]) -> AnySettings:
@@ -52,5 +53,7 @@ def build(o: AnySettings, space: ParamSpace, seed: int) -> Method[Any]:
             return ferret(o, space, seed)
         case Spry():
             return spry(o, space, seed)
+        case FedFGD():
+            return fedfgd(o, space, seed)
         case Flasc():
             return flasc(o, space)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,30 @@ class Product(Numpy):
         return float(x[0] * x[1] * batch[0] - batch[1])
 
 
+@dataclass(frozen=True)
+class Borrowed(Quadratic):
+    """Several clients on one node: they train one buffer, and get gradients in another."""
+
+    buffers: tuple[Flat, Flat] = field(kw_only=True)
+
+    def start(self, x: Flat) -> Vector:
+        self.buffers[0][:] = x
+        return self.buffers[0]
+
+    def grad(
+        self, x: Vector, batch: Batch, ranges: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[float, Vector]:
+        loss, g = super().grad(x, batch, ranges)
+        self.buffers[1][:] = g
+        return loss, self.buffers[1]
+
+
+def one_model(*gradients: float) -> dict[int, Oracle]:
+    """Clients with linear losses of one parameter, on one node."""
+    buffers = (f32(0), f32(0))
+    return {i: Borrowed(f32(g), buffers=buffers) for i, g in enumerate(gradients)}
+
+
 def towards(target: Flat) -> Quadratic:
     """|x - target|^2 / 2, up to a constant."""
     return Quadratic(-target, np.eye(len(target), dtype=np.float32))
@@ -159,6 +183,15 @@ def play(
         step = over_the_wire(step)
         x = method.apply(start if method.onto == "initial" else x, r, step)
         yield Round(r, x, step, state)
+
+
+def all_at_once(method: Method[Any], oracles: Mapping[int, Oracle], x: Flat) -> Flat:
+    """The parameters after a round in which all updates are made before the first is read."""
+    state, _ = method.init(x)
+    plan = method.plan(state, 1, sorted(oracles))
+    sent = [(a, method.local(x, oracles[a.client], [None], Work(1, a))[0]) for a in plan]
+    _, step = method.aggregate(state, x, 1, [Contribution(a, 1, update) for a, update in sent])
+    return method.apply(x, 1, step)
 
 
 def _contributions(

@@ -1,13 +1,28 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from msgspec.structs import replace as having
 
+from fedalgos import registry
 from fedalgos.fedavg import FedAvg, fedavg, wants_dense
 from fedalgos.method import Assignment, Mean, Work
 from fedalgos.optim import AdamW, Moments, Sgd, Yogi
-from protocol.payload import Dense, Run, Scalars
-from tests.oracles import Quadratic, contribution, f32, play, space_of, towards
+from fedalgos.space import digest
+from protocol.errors import ExperimentError
+from protocol.payload import Dense, Flat, Run, Scalars
+from tests.oracles import (
+    Quadratic,
+    all_at_once,
+    contribution,
+    f32,
+    one_model,
+    play,
+    space_of,
+    towards,
+)
 
 SPACE = space_of(2)
 WORK = Work(1, Assignment(0))
@@ -60,6 +75,82 @@ def test_the_servers_step_follows_the_pseudo_gradient() -> None:
     s, step = method.aggregate(Moments(), f32(1), 1, [contribution(Dense(f32(1.1)))])
     np.testing.assert_allclose(step.values, [1.0090909091], rtol=1e-6)
     assert s.steps == 1
+
+
+# --- split -----------------------------------------------------------------------
+
+SPLIT = FedAvg(split=True, local=Sgd(lr=0.5))
+THREE = space_of(2, 3, 1)
+
+
+def test_a_round_of_split_units_by_hand() -> None:
+    """Clients 0 and 1 pull to 0 and to 4 with lr 1/2; 0 has units 0 and 2, 1 has unit 1."""
+    oracles = {0: towards(f32(*[0] * 6)), 1: towards(f32(*[4] * 6))}
+    x = f32(1, 2, 3, 4, 5, 6)
+    (last,) = play(fedavg(SPLIT, THREE), oracles, x, 1, examples={0: 7, 1: 2})
+    assert last.x.tolist() == [0.5, 1, 3.5, 4, 4.5, 3]
+    assert fedavg(SPLIT, THREE).onto == "previous"
+
+
+def test_a_client_asks_for_the_gradient_of_its_units_and_sends_these() -> None:
+    asked: list[object] = []
+
+    class Watching(Quadratic):
+        def grad(self, x: Flat, batch: object, ranges: Any = None) -> tuple[float, Flat]:
+            asked.append(ranges)
+            return super().grad(x, batch)  # all of it: what is not asked for is not read
+
+    work = Work(1, Assignment(0, (1, 2)))
+    x, o = f32(1, 1, 1, 1, 1, 1), having(SPLIT, local=AdamW(lr=0.01, weight_decay=0.5))
+    oracle = Watching(f32(1, 2, -3, 4, 5, 6))
+    sent, loss = fedavg(o, THREE).local(x, oracle, [None], work)
+    assert asked == [((2, 5), (5, 6))]
+    assert sent.units == (1, 2)  # type: ignore[union-attr]
+    np.testing.assert_allclose(sent.values, 0.995 - 0.01 * np.sign([-3, 4, 5, 6]), rtol=1e-6)
+    assert loss == 15
+    assert x.tolist() == [1] * 6
+
+
+def test_units_that_nobody_returned_keep_value_and_moments() -> None:
+    """FedYogiSplit."""
+    method = fedavg(having(SPLIT, server=Yogi()), THREE)
+    x = f32(1, 2, 3, 4, 5, 6)
+    s, step = method.aggregate(
+        method.init(x)[0], x, 1, [contribution(Dense(f32(3.1, 4, 5), (1,)), units=(1,))]
+    )
+    y = method.apply(x, 1, step)
+    assert y[[0, 1, 5]].tolist() == [1, 2, 6]
+    assert y[2] == pytest.approx(3.0090909091)
+    assert s.moments.keys() == {1}
+
+
+def test_with_one_client_the_split_is_none() -> None:
+    oracles = {0: towards(f32(1, 2, 3, 4, 5, 6))}
+    results = [
+        digest(r.x)
+        for o in (SPLIT, having(SPLIT, split=False))
+        for r in play(fedavg(o, THREE), oracles, f32(*[0] * 6), 1, batches=lambda c, r: [None] * 3)
+    ]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_clients_on_one_model_do_not_get_into_each_others_updates(split: bool) -> None:
+    """TV18: gradients 1, 10 and 100 of three clients on one node sum to 111, not to 244."""
+    o = FedAvg(split=split, local=Sgd(lr=1.0))
+    after = all_at_once(fedavg(o, space_of(1)), one_model(1, 10, 100), f32(0))
+    assert after.tolist() == [-111 / 3]
+
+
+@pytest.mark.parametrize("more", [{"head": "all"}, {"assign": "balanced"}])
+def test_how_to_split_is_refused_without_a_split(more: dict[str, str]) -> None:
+    with pytest.raises(ExperimentError, match="need split = true") as caught:
+        registry.settings({"name": "fedavg", **more})
+    assert "\n" not in str(caught.value)
+    registry.settings({"name": "fedavg", "split": True, **more})
+
+
+# --- what both need --------------------------------------------------------------
 
 
 def test_the_mean_is_summed_in_float64() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedalgos.baffle import Baffle
 from fedalgos.decomfl import DeComFL
 from fedalgos.fedavg import FedAvg
+from fedalgos.fedfgd import FedFGD
 from fedalgos.fedkseed import FedKSeed
 from fedalgos.fedmezo import FedMezo
 from fedalgos.ferret import Ferret
@@ -23,6 +24,7 @@ from fedalgos.optim import Adam, Moments, Sgd, Yogi
 from fedalgos.registry import AnySettings, build
 from fedalgos.space import ParamSpace, digest
 from fedalgos.spry import Spry
+from protocol.messages import TensorInfo
 from protocol.payload import (
     Blocks,
     Dense,
@@ -41,6 +43,9 @@ from tests.oracles import Quadratic, over_the_wire, play, space_of, towards
 SEED = 11
 FOUR = space_of(5, 2, 3, 2)  # more units than the two clients below
 ONE = space_of(12)  # fewer
+HEADED = ParamSpace.of(
+    [TensorInfo(f"t{i}" + ".lora_A.w" * (i < 3), (n,), f"u{i}") for i, n in enumerate((5, 2, 3, 2))]
+)
 STEPS = 4
 
 
@@ -61,6 +66,12 @@ ROWS: dict[str, Row] = {
     "fedavg, adam": row(FedAvg(steps=STEPS, server=Adam(lr=0.05))),
     "fedavg, yogi": row(FedAvg(steps=STEPS, server=Yogi(lr=0.05))),
     "fedavg, momentum": row(FedAvg(steps=STEPS, server=Sgd(lr=0.5, momentum=0.5))),
+    "fedavg, split": row(FedAvg(steps=STEPS, split=True)),
+    "fedavg, split, M > U, yogi": row(FedAvg(steps=STEPS, split=True, server=Yogi(lr=0.05)), ONE),
+    "fedavg, split, balanced, head all": row(
+        FedAvg(steps=STEPS, split=True, assign="balanced", head="all"), HEADED
+    ),
+    "fedavg, split, head own": row(FedAvg(steps=STEPS, split=True, head="own"), HEADED),
     "fedmezo, scalars": row(FedMezo(steps=STEPS, lr=0.02)),
     "fedmezo, weights": row(FedMezo(steps=STEPS, lr=0.02, wire="weights")),
     "fedmezo, five-round": row(FedMezo(steps=STEPS, lr=0.02, signal="five-round")),
@@ -80,6 +91,46 @@ ROWS: dict[str, Row] = {
     "spry, K = 4, yogi": row(
         Spry(steps=STEPS, perturbations=4, local=Sgd(lr=0.05), server=Yogi(lr=0.05))
     ),
+    "spry, balanced": row(
+        Spry(steps=STEPS, assign="balanced", local=Sgd(lr=0.02), server=Sgd(lr=1.0))
+    ),
+    "spry, head all": row(
+        Spry(steps=STEPS, head="all", local=Sgd(lr=0.02), server=Sgd(lr=1.0)), HEADED
+    ),
+    "spry, head own": row(
+        Spry(steps=STEPS, head="own", local=Sgd(lr=0.02), server=Sgd(lr=1.0)), HEADED
+    ),
+    "spry, scalars": row(Spry(wire="scalars", local=Sgd(lr=0.05), server=Sgd(lr=1.0))),
+    "spry, scalars, M > U": row(Spry(wire="scalars", local=Sgd(lr=0.05), server=Sgd(lr=1.0)), ONE),
+    "spry, scalars, K = 4, momentum": row(
+        Spry(
+            wire="scalars",
+            perturbations=4,
+            local=Sgd(lr=0.1),
+            server=Sgd(lr=0.5, momentum=0.5),
+        )
+    ),
+    "spry, scalars, yogi": row(
+        Spry(wire="scalars", perturbations=4, local=Sgd(lr=0.1), server=Yogi(lr=0.05))
+    ),
+    "spry, scalars, balanced, head all": row(
+        Spry(
+            wire="scalars",
+            assign="balanced",
+            head="all",
+            local=Sgd(lr=0.05),
+            server=Sgd(lr=1.0),
+        ),
+        HEADED,
+    ),
+    "spry, scalars, head own": row(
+        Spry(wire="scalars", head="own", local=Sgd(lr=0.05), server=Sgd(lr=1.0)), HEADED
+    ),
+    "fedfgd": row(FedFGD(steps=STEPS, local=Sgd(lr=0.02), server=Sgd(lr=1.0))),
+    "fedfgd, scalars": row(FedFGD(wire="scalars", local=Sgd(lr=0.05), server=Sgd(lr=1.0))),
+    "fedfgd, scalars, yogi": row(
+        FedFGD(wire="scalars", perturbations=4, local=Sgd(lr=0.1), server=Yogi(lr=0.05))
+    ),
     "flasc, all": row(
         Flasc(
             steps=STEPS,
@@ -92,7 +143,9 @@ ROWS: dict[str, Row] = {
     "flasc, a quarter": row(Flasc(steps=STEPS, local=Sgd(lr=0.1), server=Sgd(lr=0.5))),
 }
 DRAWS = {name for name in ROWS if not name.startswith(("fedavg", "flasc"))}
-ABSOLUTE = {name for name in ROWS if name.startswith(("fedavg", "flasc", "fedmezo, weights"))}
+WHOLE = ("fedavg", "flasc", "fedmezo, weights", "fedfgd")
+PARTS = {"fedfgd, scalars"} | {name for name in ROWS if name.startswith("fedavg, split")}
+ABSOLUTE = {name for name in ROWS if name.startswith(WHOLE)} - PARTS
 FROM_START = {name for name in ROWS if name.startswith("fedkseed")}
 each_method = pytest.mark.parametrize("made", [r(SEED) for r in ROWS.values()], ids=ROWS.keys())
 each_row = pytest.mark.parametrize("name", ROWS)

@@ -5,14 +5,25 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from msgspec.structs import replace as having
 
 from fedalgos.method import Assignment, Work
 from fedalgos.optim import AdamW, Moments, Sgd, Yogi
 from fedalgos.space import ParamSpace, digest
-from fedalgos.spry import Spry, State, assign, spry
+from fedalgos.split import State
+from fedalgos.spry import Spry, spry
 from protocol import kernels, noise
 from protocol.payload import Dense, Flat
-from tests.oracles import Product, Quadratic, contribution, f32, space_of
+from tests.oracles import (
+    Product,
+    Quadratic,
+    all_at_once,
+    contribution,
+    f32,
+    one_model,
+    play,
+    space_of,
+)
 
 A = np.array([[2, 0.5, 0], [0.5, 1, -0.25], [0, -0.25, 3]], np.float32)
 TV1 = Quadratic(f32(1, -2, 0.5), A)
@@ -73,6 +84,29 @@ def test_more_perturbations_divide_the_error(k: int, mse: float) -> None:
     standard_error = squares.std() / n**0.5
     assert abs(squares.mean() - mse) < 5 * standard_error
     assert 5 * standard_error < 0.75 * mse  # so that a wrong K would show
+
+
+@pytest.mark.parametrize("k", [10, 100])
+def test_the_direction_is_as_good_as_the_theory_says(k: int) -> None:
+    """TV3: E cos(ghat, g) is about sqrt(K / (K + d + 1)); .0995 and .301 for d = 1000."""
+    g, o = np.resize(f32(1, -2, 0.5, 3), 1000), having(PLAIN, perturbations=k)
+    seen = [estimate(o, space_of(1000), Quadratic(g), 0 * g, round=r) for r in range(1, 13)]
+    cosines = [float(e @ g / np.linalg.norm(e) / np.linalg.norm(g)) for e in seen]
+    assert np.mean(cosines) == pytest.approx((k / (k + 1001)) ** 0.5, rel=0.2)
+
+
+def test_blocks_of_their_own_divide_the_error_by_their_number() -> None:
+    """TV4: sum_b (d_b + 1)|g_b|^2 for 8 blocks of 64, against (d + 1)|g|^2 for one of 512."""
+    g, n = np.resize(f32(1, -1, 1), 512), 60
+    x, method = 0 * g, spry(PLAIN, space_of(*[64] * 8), 0)
+    clients = {c: Quadratic(g) for c in range(8)}
+    xs = [x, *(r.x for r in play(method, clients, x, n))]
+    split = ((np.array(xs[:-1]) - xs[1:] - g) ** 2).sum(1)
+    seen = [estimate(PLAIN, space_of(512), clients[0], x, round=r) for r in range(1, n + 1)]
+    whole = ((np.array(seen) - g) ** 2).sum(1)
+    for errors, theory in ((split, 65 * 512), (whole, 513 * 512)):
+        standard_error = errors.std() / n**0.5
+        assert abs(errors.mean() - theory) < 5 * standard_error < theory
 
 
 TV5 = [((0,), 0.5 - 7.68), ((1,), 2.0 - 6.75)]
@@ -145,44 +179,12 @@ def test_every_step_perturbation_client_and_round_has_its_own_direction() -> Non
     assert seen == [noise.Direction(key, ((1, 3),)) for key in keys]
 
 
-# --- TV9: who gets which tensors; a unit is two tensors, a trailing odd one its own ------
-
-ASSIGNED = {
-    "bert-base": (50, {0: [0, 1, 20, 21, 40, 41], 4: [8, 9, 28, 29, 48, 49], 5: [10, 11, 30, 31]}),
-    "distilbert": (
-        28,
-        {0: [0, 1, 20, 21], 2: [4, 5, 24, 25], 3: [6, 7, 26, 27], 4: [8, 9]},
-    ),
-    "roberta-large": (
-        100,
-        {
-            8: [16, 17, 36, 37, 56, 57, 76, 77, 96, 97],
-            9: [18, 19, 38, 39, 58, 59, 78, 79, 98, 99],
-        },
-    ),
-    "llama": (129, {4: [8, 9, 28, 29, 48, 49, 68, 69, 88, 89, 108, 109, 128]}),
-}
-
-
-@pytest.mark.parametrize("model", ASSIGNED)
-def test_units_go_to_slots_cyclically(model: str) -> None:
-    num_tensors, slots = ASSIGNED[model]
-    cohort = [100 + 7 * m for m in range(10)]
-    plan = assign((num_tensors + 1) // 2, cohort)
-    assert [a.client for a in plan] == cohort
-    for slot, tensors in slots.items():
-        held = [t for u in plan[slot].units for t in (2 * u, 2 * u + 1) if t < num_tensors]
-        assert held == tensors
-
-
-def test_with_more_clients_than_units_slots_start_over() -> None:
-    plan = assign(50, range(100))
-    assert [a.units for a in plan] == [(m % 50,) for m in range(100)]
-
-
 def test_slots_follow_the_cohorts_order() -> None:
     plan = spry(Spry(), space_of(1, 1, 1), 0).plan(State({}), 3, [8, 2])
-    assert plan == (Assignment(8, (0, 2)), Assignment(2, (1,)))
+    assert plan == (
+        Assignment(8, (0, 2), slot=0, num_slots=2),
+        Assignment(2, (1,), slot=1, num_slots=2),
+    )
 
 
 # --- server ----------------------------------------------------------------------
@@ -198,7 +200,7 @@ def test_a_lost_client_leaves_its_units_and_their_moments_alone() -> None:
     ]
     s, step = method.aggregate(State({}), x, 1, both)
     assert isinstance(step, Dense)
-    assert step.units == (0, 1, 2)
+    assert step.units == ()  # all of them
     x = method.apply(x, 1, step)
     after, step = method.aggregate(s, x, 2, both[:1])
     assert isinstance(step, Dense)
@@ -241,3 +243,14 @@ def test_values_are_read_in_the_order_of_the_assigned_units() -> None:
 def test_no_moments_before_the_first_step() -> None:
     assert spry(Spry(), space_of(1), 0).init(f32(1)) == (State({}), None)
     assert Moments() == Moments(None, None, 0)
+
+
+@pytest.mark.parametrize("wire", ["weights", "scalars"])
+def test_clients_on_one_model_do_not_get_into_each_others_updates(
+    wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TV18: gradients 1, 10 and 100 of three clients on one node sum to 111, not to 244."""
+    given_direction(monkeypatch, 1)
+    o = having(PLAIN, wire=wire)
+    after = all_at_once(spry(o, space_of(1), 0), one_model(1, 10, 100), f32(0))
+    assert after.tolist() == [-111 / 3]
