@@ -15,12 +15,15 @@ from fedalgos.fedkseed import FedKSeed, fedkseed
 from fedalgos.fedmezo import FedMezo, fedmezo
 from fedalgos.ferret import Ferret, ferret
 from fedalgos.flasc import Flasc, flasc
+from fedalgos.fwdllm import FwdLLM, fwdllm
 from fedalgos.method import Method
 from fedalgos.space import ParamSpace
 from fedalgos.spry import Spry, spry
 from protocol.errors import ExperimentError
 
-AnySettings = FedAvg | FedMezo | FedKSeed | DeComFL | Baffle | Ferret | Spry | FedFGD | Flasc
+AnySettings = (
+    FedAvg | FedMezo | FedKSeed | DeComFL | Baffle | Ferret | Spry | FedFGD | FwdLLM | Flasc
+)
 
 
 def settings(table: Mapping[str, Any]) -> AnySettings:
@@ -55,5 +58,7 @@ def build(o: AnySettings, space: ParamSpace, seed: int) -> Method[Any]:
             return spry(o, space, seed)
         case FedFGD():
             return fedfgd(o, space, seed)
+        case FwdLLM():
+            return fwdllm(o, space, seed)
         case Flasc():
             return flasc(o, space)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedalgos.fedkseed import FedKSeed
 from fedalgos.fedmezo import FedMezo
 from fedalgos.ferret import Ferret
 from fedalgos.flasc import Flasc
+from fedalgos.fwdllm import FwdLLM
 from fedalgos.method import Contribution, Method, Work
 from fedalgos.optim import Adam, Moments, Sgd, Yogi
 from fedalgos.registry import AnySettings, build
@@ -47,6 +49,8 @@ HEADED = ParamSpace.of(
     [TensorInfo(f"t{i}" + ".lora_A.w" * (i < 3), (n,), f"u{i}") for i, n in enumerate((5, 2, 3, 2))]
 )
 STEPS = 4
+# commits in round 1, not in round 2, and within three attempts
+PACED = partial(FwdLLM, lr=0.3, perturbations=4, gate="tensor", threshold=1.4, max_attempts=3)
 
 
 class Made(NamedTuple):
@@ -82,6 +86,11 @@ ROWS: dict[str, Row] = {
     "decomfl": row(DeComFL(steps=STEPS, lr=0.05, perturbations=2)),
     "decomfl, forward": row(DeComFL(steps=STEPS, lr=0.05, perturbations=2, scheme="forward")),
     "baffle": row(Baffle(steps=STEPS, lr=0.3, perturbations=6)),
+    "fwdllm": row(FwdLLM(steps=STEPS, lr=0.3, perturbations=6, threshold=4.0)),
+    "fwdllm, jvp": row(FwdLLM(lr=0.3, perturbations=6, estimator="jvp", gate="none")),
+    "fwdllm, one tensor": row(PACED(perturbations=6, tensor=1, threshold=0.4)),
+    "fwdllm, best quarter": row(PACED(lr=0.1, keep=0.25)),
+    "fwdllm, more perturbations": row(PACED(grow="perturbations")),
     "ferret": row(Ferret(steps=STEPS, local=Sgd(lr=0.05), projections=8)),
     "ferret, as coded": row(
         Ferret(steps=STEPS, local=Sgd(lr=0.05), projections=8, scale="code", coding="f16", lr=3.0)
@@ -251,6 +260,7 @@ def others(payload: Payload) -> Iterator[Payload]:
             yield Scalars((Run(run.client, n, 2.0),), v)
             yield Scalars((run, run), np.append(v, v))
             yield Scalars((Run(run.client, n, 1.0, 2.0),), v)
+            yield Scalars((Run(run.client, n, picks=(5,)),), v)
         case Blocks(counts=counts, coding=coding):
             yield Blocks(counts[:-1], v[: -counts[-1]], coding)
             yield Blocks(np.append(counts, 2), np.append(v, v[:2]), coding)
