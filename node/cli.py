@@ -105,6 +105,41 @@ def fetch(
             typer.echo(f"{source}: {get(source)}")
 
 
+def memory(
+    model: Annotated[str, typer.Option(help="As in an experiment file: random:llama2-7b, ...")],
+    method: Annotated[
+        str, typer.Option(help="Names, by commas; -ckpt behind one checkpoints, -micro splits.")
+    ] = "spry,fedavg,fedavg-ckpt,fedmezo",
+    quantize: Annotated[str, typer.Option(help="fp32, bf16, int8 or int4 (also 8bit, 4bit)")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 256,
+    task: Annotated[str, typer.Option(help="classify or causal")] = "classify",
+    peft: Annotated[str, typer.Option(help="lora or full")] = "lora",
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 1,
+    targets: Annotated[str, typer.Option(help="Layers that get LoRA, by commas.")] = "",
+    cohort: Annotated[int, typer.Option(min=1, help="Clients that share Spry's units.")] = 10,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads for torch; 0 leaves it to it.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON each.")] = False,
+) -> None:
+    """Measure what one local step of each method needs in memory, over an inference."""
+    with command_line():
+        from node.memory_table import compare
+
+        compare(
+            [name.strip() for name in method.split(",") if name.strip()],
+            {"id": model, "dtype": _dtype(quantize)},
+            {"kind": peft, "rank": rank, "targets": [t for t in targets.split(",") if t]},
+            {"task": task, "batch": batch, "length": length, "cohort": cohort}
+            | {"device": device, "threads": threads},
+            is_json=as_json,
+        )
+
+
+def _dtype(quantize: str) -> str:
+    return {"": "fp32", "8bit": "int8", "4bit": "int4"}.get(quantize, quantize)
+
+
 def main() -> None:
     """The entry of ``python -m node``."""
     typer.run(node)
