@@ -53,7 +53,7 @@ from protocol.messages import (
 from protocol.messages import Beat as Heartbeat
 from protocol.meter import Key
 from protocol.noise import STREAM
-from protocol.payload import Dense, Flat
+from protocol.payload import Dense, Flat, ScalarsSpec
 from protocol.wire import MAX_INLINE_BYTES, VERSION, Frame
 from tests.fakes import FakeNet, Frames
 from tests.oracles import Quadratic, space_of
@@ -63,6 +63,7 @@ Said = tuple[Message, memoryview | None]
 TURN = 0.25
 MEZO = {"name": "fedmezo", "lr": 0.01, "steps": 1}
 AVG = {"name": "fedavg", "steps": 1}
+SCALARS = {"name": "spry", "wire": "scalars", "local": {"kind": "sgd", "lr": 0.1}}
 QUIET = {"heartbeat_seconds": 1000.0, "patience_seconds": 1e5, "return_seconds": 10.0}
 TINY, SMALL, LARGE = space_of(10, 6), space_of(500), space_of(650_001, 10)
 
@@ -424,6 +425,40 @@ def test_an_update_that_cannot_be_an_answer_is_a_fault(
     a.answer = answer
     run.finish()
     assert [r.reason for r in a.told(Reject)] == [why]
+
+
+def test_replicas_work_out_whose_units_a_step_of_scalars_is_about(make: Make) -> None:
+    """Client 1 fails in every round; a step names no unit, and a node knows no slot."""
+    units, quiet = space_of(5, 4, 3, 2), {"count": 3, "evaluate_every": 3}
+    run = make(units, method=SCALARS | {"server": {"kind": "sgd", "lr": 1.0}}, rounds=quiet)
+    a, b, _ = two_nodes(run)
+
+    def answer(task: Task) -> list[Said]:
+        where = {"round": task.round, "attempt": task.attempt, "client": task.client}
+        return [(Failed(**where, reason="no"), None) if task.client == 1 else a.update(task)]
+
+    a.answer = answer
+    run.finish()
+    central = run.server.central
+    assert central is not None
+    steps = [m.payload for m in b.told(Step)]
+    assert [isinstance(s, ScalarsSpec) and len(s.runs) for s in steps] == [4, 4]
+    assert [sum(r.count == 0 for r in s.runs) for s in steps] == [1, 1]  # type: ignore[union-attr]
+    sizes = [[task.units for task in peer.told(Task)] for peer in (a, b)]
+    assert {u for peer in sizes for (u,) in peer} == {0, 1, 2, 3}
+    # each replica has compared its digest with the step's; the last step is still to come
+    assert digest(a.x) == digest(b.x) == central._digests[2]
+    assert central.metrics == {}
+
+
+def test_the_servers_gain_is_in_the_line_of_each_committed_round(make: Make) -> None:
+    run = make(method=SCALARS | {"server": {"kind": "yogi", "tau": 0.5}}, rounds={"count": 2})
+    two_nodes(run)
+    run.finish()
+    lines = [json.loads(s) for s in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    gains = [line["server_gain"] for line in lines if "missing" in line]
+    assert 0 < gains[1] < gains[0] < 0.01 / 0.5  # lr / tau, and less as v grows
+    assert not any("server_gain" in line for line in lines if "missing" not in line)
 
 
 def test_a_failed_task_is_counted_and_not_waited_for(make: Make) -> None:
