@@ -116,12 +116,15 @@ def attention(
 
     Returns:
         (1 + K, .., Hq, Lq, dv), the value first, in the query's dtype.  A position's
-        heads lie together in memory, as the fused kernels leave them.  A row without a
-        key is zero, tangents included.
+        heads lie together in memory, so that to join them, as models do next, copies
+        nothing.  A row without a key is zero, tangents included.
 
     Raises:
+        ValueError: there is a mask beside ``is_causal``, or one that is bool has tangents.
         RuntimeError: ``scaled_dot_product_attention`` refuses the values.
     """
+    if mask is not None and (is_causal or (mask[0].dtype == torch.bool and mask[1] is not None)):
+        raise ValueError("a mask goes without is_causal, and without tangents if it is bool")
     *lead, heads, length, width = query[0].shape
     batch, shared = math.prod(lead), key[0].shape[-3]
     scores = None if mask is None else _fold_mask(mask, lead, shared)
@@ -134,10 +137,11 @@ def attention(
         is_causal=is_causal,
         scale=1 / math.sqrt(width) if scale is None else scale,
     )
-    found = [len(t) for _, t in (query, key, value, mask or query) if t is not None]
+    pairs = (query, key, value) if mask is None else (query, key, value, mask)
+    k = max(0 if tangents is None else len(tangents) for _, tangents in pairs)
     shape = (batch, length, shared, heads // shared, value[0].shape[-1])
-    out = query[0].new_empty(1 + max(found, default=0), *shape).permute(0, 1, 3, 4, 2, 5)
-    out[0] = functional.scaled_dot_product_attention(
+    out = query[0].new_empty(1 + k, *shape).permute(0, 1, 3, 4, 2, 5)
+    fused = functional.scaled_dot_product_attention(
         x.query[0].flatten(1, 2),
         x.key[0],
         x.value[0],
@@ -145,17 +149,20 @@ def attention(
         is_causal=is_causal,
         scale=scale,
         enable_gqa=enable_gqa,
-    ).unflatten(1, (shared, -1))
-    if found:
+    )
+    out[0] = fused.view(batch, shared, heads // shared, *fused.shape[2:])
+    if k:
         _differentiate(x, out[1:])
-    return out.reshape(-1, *lead, heads, length, shape[-1])
+    return out.reshape(1 + k, *lead, heads, length, shape[-1])
 
 
 def _fold(pair: Pair, batch: int, *heads: int) -> Pair:
     """(.., H, L, d) as (B, *heads, L, d)."""
     value, tangents = pair
     shape = (batch, *heads, *value.shape[-2:])
-    return value.reshape(shape), None if tangents is None else tangents.reshape(-1, *shape)
+    if tangents is not None:
+        tangents = tangents.reshape(len(tangents), *shape)
+    return value.reshape(shape), tangents
 
 
 def _fold_mask(mask: Pair, lead: list[int], shared: int) -> Pair:
@@ -263,7 +270,7 @@ def _moved(
     w: torch.Tensor,
 ) -> bool:
     """W along direction ``j`` into ``w``; False where the scores do not move."""
-    (_, dq), (_, dk), dmask = x.query, x.key, x.mask and x.mask[1]
+    dq, dk, dmask = x.query[1], x.key[1], None if x.mask is None else x.mask[1]
     beta = 0
     if dmask is not None:
         block.by_head(w).copy_(block.of_scores(dmask[j]))
