@@ -21,6 +21,7 @@ from typing import IO, Any
 from coordinator.central import Central
 from coordinator.events import Abandon, Assign, Commit, Event
 from coordinator.history import CatchUp
+from coordinator.quality import Quality
 from coordinator.roster import Member
 from protocol import experiment as experiments
 from protocol.experiment import Experiment
@@ -56,6 +57,7 @@ class RunRecorder:
     def __init__(self, directory: Path, experiment: Experiment) -> None:
         self.directory = directory
         self.experiment = experiment
+        self.quality = Quality.of(experiment)
         self.meter = Meter()  # replaced by the desk's once there is one
         self.num_rejected: Counter[str] = Counter()
         self.num_resyncs = 0
@@ -164,7 +166,7 @@ class RunRecorder:
     def scored(self, round: int, score: Score, digest: bytes) -> None:
         self.scores.append((round, score))
         self._digest = digest
-        self._line(round, test_loss=score.loss, metric=score.metric)
+        self._line(round, test_loss=score.loss, metric=score.metric, **self.quality.more(score))
 
     def rejected(self, reason: str) -> None:
         self.num_rejected[reason.split(":")[0]] += 1
@@ -216,8 +218,9 @@ class RunRecorder:
             "clients": e.partition.clients,
             "nodes": sum(node["role"] == "train" for node in self._nodes.values()),
             "trained_parameters": central.space.size,
-            "metric": {"name": "accuracy", "before": before.metric, "after": after.metric},
+            "metric": {"name": self.quality.name, "before": before.metric, "after": after.metric},
             "loss": {"before": before.loss, "after": after.loss},
+            **self.quality.summary(before, after),
             "bytes": total | {"per_client_round": {k: v / per for k, v in total.items()}},
             "bytes_by_kind": self.by_kind(),
             "memory_bytes": self.peaks | {"over_inference": self.over_inference},

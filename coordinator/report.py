@@ -21,17 +21,6 @@ from rich.table import Table
 from coordinator.view import human_bytes
 from protocol.errors import ExperimentError
 
-MEASURES = (
-    "trained",
-    "accuracy, %",
-    "loss",
-    "up per update",
-    "down per update",
-    "bytes in all",
-    "peak memory",
-    "over inference",
-    "seconds",
-)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 
 
@@ -61,21 +50,44 @@ def read(directory: Path) -> Curve:
     return Curve(summary, [p for p in map(json.loads, lines) if "metric" in p])
 
 
-def measures(s: dict[str, Any]) -> tuple[str, ...]:
-    """A summary as text, in the order of ``MEASURES``."""
+def measures(s: dict[str, Any]) -> dict[str, str]:
+    """A summary as text, by measure, in the order in which they are shown."""
     per, memory = s["bytes"]["per_client_round"], s["memory_bytes"]
     over = memory["over_inference"]
-    return (
-        f"{s['trained_parameters']:,}",
-        f"{100 * s['metric']['before']:.1f}→{100 * s['metric']['after']:.1f}",
-        f"{s['loss']['before']:.3f}→{s['loss']['after']:.3f}",
-        human_bytes(per["message_up"]),
-        human_bytes(per["message_down"]),
-        human_bytes(s["bytes"]["message_up"] + s["bytes"]["message_down"]),
-        human_bytes(memory["train"]) if "train" in memory else "absent",
-        human_bytes(over) if over is not None else "absent",
-        f"{s['seconds']['total']:.0f}",
-    )
+    return {
+        "trained": f"{s['trained_parameters']:,}",
+        **_quality(s),
+        "up per update": human_bytes(per["message_up"]),
+        "down per update": human_bytes(per["message_down"]),
+        "bytes in all": human_bytes(s["bytes"]["message_up"] + s["bytes"]["message_down"]),
+        "peak memory": human_bytes(memory["train"]) if "train" in memory else "absent",
+        "over inference": human_bytes(over) if over is not None else "absent",
+        "seconds": f"{s['seconds']['total']:.0f}",
+    }
+
+
+def _quality(s: dict[str, Any]) -> dict[str, str]:
+    """How good the model was and is; which measures there are depends on the task."""
+    metric, loss, perplexity = s["metric"], s["loss"], s.get("perplexity")
+    out = {
+        f"{metric['name']}, %": f"{100 * metric['before']:.1f}→{100 * metric['after']:.1f}",
+        "loss": f"{loss['before']:.3f}→{loss['after']:.3f}",
+    }
+    if perplexity is not None:
+        ends = (perplexity["before"], perplexity["after"])
+        out["perplexity"] = "→".join("absent" if end is None else f"{end:.4g}" for end in ends)
+    if s.get("rouge_l") is not None:
+        out["Rouge-L, %"] = f"{100 * s['rouge_l']:.1f}"
+    return out
+
+
+def rows(curves: list[Curve]) -> list[tuple[str, list[str]]]:
+    """Each measure that any of the runs has, and its text for each run."""
+    columns = [measures(curve.summary) for curve in curves]
+    quality = dict.fromkeys(name for curve in curves for name in _quality(curve.summary))
+    first, *others = dict.fromkeys(name for column in columns for name in column)
+    names = [first, *quality, *(name for name in others if name not in quality)]
+    return [(n, [column.get(n, "absent") for column in columns]) for n in names]
 
 
 def table(curves: list[Curve], title: str) -> Table:
@@ -86,32 +98,35 @@ def table(curves: list[Curve], title: str) -> Table:
     out.add_column("", no_wrap=True)
     for curve in curves:
         out.add_column(curve.label, justify="right")
-    columns = [measures(curve.summary) for curve in curves]
-    for name, *cells in zip(MEASURES, *columns, strict=True):
+    for name, cells in rows(curves):
         out.add_row(name, *cells)
     return out
 
 
 def figure(curves: list[Curve]) -> Figure:
-    """Accuracy against bytes, accuracy against seconds, memory per method."""
+    """The metric against bytes, the metric against seconds, memory per method."""
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         fig = Figure(figsize=(12, 3.8), layout="constrained")
         against_bytes, against_seconds, memory = fig.subplots(1, 3)
         for curve, colour in zip(curves, _colours(len(curves)), strict=True):
-            accuracy = [100 * p["metric"] for p in curve.points]
+            metric = [100 * p["metric"] for p in curve.points]
             sent = [_sent(p) for p in curve.points]
             style = {"color": colour, "marker": "o", "markersize": 3.5, "label": curve.label}
-            against_bytes.plot(sent[1:], accuracy[1:], **style)
-            against_seconds.plot([p["seconds_total"] for p in curve.points], accuracy, **style)
+            against_bytes.plot(sent[1:], metric[1:], **style)
+            against_seconds.plot([p["seconds_total"] for p in curve.points], metric, **style)
         start = 100 * curves[0].points[0]["metric"]
         against_bytes.axhline(start, color="#888888", linewidth=0.8, linestyle=":")
-        against_bytes.set(
-            xscale="log", xlabel="bytes, both ways, all clients", ylabel="accuracy, %"
-        )
-        against_seconds.set(xlabel="seconds with a round open", ylabel="accuracy, %")
+        name = f"{metric_names(curves)}, %"
+        against_bytes.set(xscale="log", xlabel="bytes, both ways, all clients", ylabel=name)
+        against_seconds.set(xlabel="seconds with a round open", ylabel=name)
         against_bytes.legend(frameon=False)
         _bars(memory, curves)
         return fig
+
+
+def metric_names(curves: list[Curve]) -> str:
+    """What the runs' metrics are; of several tasks that is more than one thing."""
+    return " or ".join(dict.fromkeys(str(curve.summary["metric"]["name"]) for curve in curves))
 
 
 def _sent(point: dict[str, Any]) -> int:
@@ -145,15 +160,23 @@ def write(curves: list[Curve], out: Path, title: str) -> None:
     picture = base64.b64encode((out / "comparison.png").read_bytes()).decode()
     summaries = [curve.summary for curve in curves]
     (out / "comparison.json").write_text(json.dumps(summaries, indent=2) + "\n")
+    shown = rows(curves)
+    cells = zip(*(texts for _, texts in shown), strict=True)
     environment = Environment(
         loader=PackageLoader("coordinator", ""), autoescape=select_autoescape()
     )
     page = environment.get_template("report.html").render(
         title=title,
-        measures=MEASURES,
-        runs=[(curve.label, measures(curve.summary)) for curve in curves],
+        metric=metric_names(curves),
+        measures=[name for name, _ in shown],
+        runs=list(zip([curve.label for curve in curves], cells, strict=True)),
         picture=picture,
         summaries=summaries,
-        alt="; ".join(f"{c.label}: accuracy {measures(c.summary)[1]}" for c in curves),
+        alt="; ".join(f"{c.label}: {_described(c.summary)}" for c in curves),
     )
     (out / "comparison.html").write_text(page)
+
+
+def _described(s: dict[str, Any]) -> str:
+    name, text = next(iter(_quality(s).items()))
+    return f"{name} {text}"

@@ -78,7 +78,8 @@ class View:
                 f"training loss {r.losses[number]:.4f}, {human_bytes(total)} so far"
             )
         for number, score in r.scores[self._scores_shown :]:
-            self._say(f"after round {number}: loss {score.loss:.4f}, accuracy {score.metric:.1%}")
+            texts = [f"{name} {text}" for name, text in r.quality.texts(score)]
+            self._say(f"after round {number}: {', '.join(texts)}")
         self._lines_shown, self._scores_shown = len(r.losses), len(r.scores)
 
     def _say(self, text: str) -> None:
@@ -129,11 +130,12 @@ class View:
             parts.append(f"training loss {r.losses[-1]:.4f}")
         if r.scores:
             number, score = r.scores[-1]
-            first = r.scores[0][1]
-            parts.append(
-                f"test loss {score.loss:.4f} (first {first.loss:.4f}), "
-                f"accuracy {score.metric:.1%} (first {first.metric:.1%}) after round {number}"
-            )
+            first = dict(r.quality.texts(r.scores[0][1]))
+            texts = [
+                f"{name} {text}" + (f" (first {first[name]})" if name in first else "")
+                for name, text in r.quality.texts(score)
+            ]
+            parts.append(f"test {', '.join(texts)} after round {number}")
         total = r.bytes()
         up, down = human_bytes(total["message_up"]), human_bytes(total["message_down"])
         parts.append(f"{up} up, {down} down")

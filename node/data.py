@@ -6,14 +6,15 @@ package version, the same shards.
 
 What is dropped: rows whose text is empty, and with ``margin`` the ratings too close
 to the border.  A row without a label is refused by its number, because to guess there
-would change the task without a word.
+would change the task without a word.  A causal task has no labels; they are read only if
+the examples are dealt by them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,14 @@ _MAX_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts and class numbers, row by row."""
+    """Texts and class numbers, row by row; prompts if the task has them.
+
+    Without labels all class numbers are 0.
+    """
 
     texts: list[str]
     labels: Indices
+    prompts: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -40,7 +45,8 @@ class Examples:
     def take(self, indices: Sequence[int] | Indices) -> Examples:
         """These rows, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return Examples([self.texts[i] for i in chosen], self.labels[chosen])
+        prompts = [self.prompts[i] for i in chosen] if self.prompts else []
+        return Examples([self.texts[i] for i in chosen], self.labels[chosen], prompts)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ def _hold_out(order: Indices, data: Data) -> tuple[Indices, Indices]:
 
 
 def _examples(split: Columns, labels: Indices) -> Examples:
-    return Examples([str(text) for text in split.texts], labels)
+    prompts = ["" if _is_missing(prompt) else str(prompt) for prompt in split.prompts or []]
+    return Examples([str(text) for text in split.texts], labels, prompts)
 
 
 # Cleaning
@@ -108,24 +115,30 @@ def _clean(split: Columns, data: Data) -> Columns:
     """Drop what has no text, refuse what has no label, and apply ``binarise_at``."""
     rows = [i for i, text in enumerate(split.texts) if text is not None and str(text).strip()]
     for i in rows:
-        if _is_missing(split.labels[i]):
+        if split.labels is not None and _is_missing(split.labels[i]):
             raise DataError(f"{split.source}: row {i + 1} has no value for {data.label!r}")
         if split.owners is not None and _is_missing(split.owners[i]):
             raise DataError(f"{split.source}: row {i + 1} has no value in the partition column")
-    labels = _numbers([split.labels[i] for i in rows])
+    kept = split.keep(rows)
+    if kept.labels is None:
+        return kept
+    labels = _numbers(kept.labels)
     if data.binarise_at is None:
-        return split.keep(rows, labels)
-    at = data.binarise_at
+        return replace(kept, labels=labels)
+    return _binarised(replace(kept, labels=labels), rows, data.binarise_at, data)
+
+
+def _binarised(split: Columns, rows: list[int], at: float, data: Data) -> Columns:
+    """Classes 0 and 1 of numbers, without those close to the border."""
+    labels = split.labels or []
     for i, label in zip(rows, labels, strict=True):
         if not isinstance(label, int | float):
             raise DataError(
                 f"{split.source}: row {i + 1}: data.binarise_at needs numbers in "
                 f"{data.label!r}, found {label!r}"
             )
-    kept = [
-        (i, int(y > at)) for i, y in zip(rows, labels, strict=True) if abs(y - at) >= data.margin
-    ]
-    return split.keep([i for i, _ in kept], [y for _, y in kept])
+    far = split.keep([i for i, y in enumerate(labels) if abs(y - at) >= data.margin])
+    return replace(far, labels=[int(y > at) for y in far.labels or []])
 
 
 def _is_missing(value: Any) -> bool:
@@ -149,7 +162,10 @@ def _numbers(values: list[Any]) -> list[Any]:
 
 def _encode(splits: list[Columns]) -> tuple[tuple[str, ...], list[Indices]]:
     """Number the classes of all splits together, so that limits do not change them."""
-    values = set().union(*(split.labels for split in splits))
+    if splits[0].labels is None:
+        return (), [np.zeros(len(split.texts), dtype=np.int64) for split in splits]
+    columns = [split.labels or [] for split in splits]
+    values = set().union(*columns)
     source = splits[0].source
     if any(isinstance(value, float) for value in values):
         raise DataError(f"{source}: labels are fractions; set data.binarise_at to make two classes")
@@ -164,5 +180,5 @@ def _encode(splits: list[Columns]) -> tuple[tuple[str, ...], list[Indices]]:
     if not 2 <= len(ordered) <= _MAX_CLASSES:
         raise DataError(f"{source}: {len(ordered)} classes; want 2 to {_MAX_CLASSES}")
     number = {value: i for i, value in enumerate(ordered)}
-    coded = [np.array([number[y] for y in s.labels], dtype=np.int64) for s in splits]
+    coded = [np.array([number[y] for y in labels], dtype=np.int64) for labels in columns]
     return names or tuple(str(value) for value in ordered), coded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,57 @@ import pyarrow.parquet
 
 from node import sources
 from protocol.errors import DataError
-from protocol.experiment import Data, Partition
+from protocol.experiment import BY_LABEL, Data, Partition
 
 _HEADER_LINES = {".tab": 3}  # Orange: names, types, flags
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Which columns are read, by name; None is not read.
+
+    Attributes:
+        use: what the label is for, where the task itself does without.
+    """
+
+    text: str
+    label: str | None
+    owner: str | None = None
+    prompt: str | None = None
+    use: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """Each name once."""
+        named = (self.text, self.label, self.owner, self.prompt)
+        return list(dict.fromkeys(name for name in named if name is not None))
+
+
+@dataclass(frozen=True)
 class Columns:
-    """One split as it was read: values may still be missing."""
+    """One split as it was read: values may still be missing, and what was not wanted is None."""
 
     source: str
     texts: list[str | None]
-    labels: list[Any]
-    owners: list[Any] | None  # values of the natural column
+    labels: list[Any] | None
+    owners: list[Any] | None = None  # values of the natural column
+    prompts: list[str | None] | None = None
     names: tuple[str, ...] = ()  # of the classes, where the source declares them
 
-    def keep(self, rows: Sequence[int], labels: list[Any]) -> Columns:
-        texts = [self.texts[i] for i in rows]
-        owners = None if self.owners is None else [self.owners[i] for i in rows]
-        return Columns(self.source, texts, labels, owners, self.names)
+    def keep(self, rows: Sequence[int]) -> Columns:
+        """These rows, in this order."""
+
+        def kept(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[i] for i in rows]
+
+        return replace(
+            self,
+            texts=[self.texts[i] for i in rows],
+            labels=kept(self.labels),
+            owners=kept(self.owners),
+            prompts=kept(self.prompts),
+        )
 
 
 def read(data: Data, partition: Partition) -> list[Columns]:
@@ -44,24 +75,33 @@ def read(data: Data, partition: Partition) -> list[Columns]:
     Raises:
         DataError: the source or a column is missing.
     """
-    wanted = [data.text, data.label]
-    if partition.kind == "natural":
-        wanted.append(partition.column)
+    is_causal = data.task == "causal"
+    has_labels = not is_causal or partition.kind in BY_LABEL
+    wanted = Wanted(
+        text=data.text,
+        label=data.label if has_labels else None,
+        owner=partition.column if partition.kind == "natural" else None,
+        prompt=data.prompt or None,
+        use=f', by which partition.kind "{partition.kind}" deals' if is_causal else "",
+    )
     table = sources.resolve_data(data.id)
     if isinstance(table, str):
         return _read_hub(table, wanted)
     paths = [table.train] if table.test is None else [table.train, table.test]
     # The natural column is asked of the training file alone.
-    return [read_file(path, table.columns, wanted[: 2 if i else 3]) for i, path in enumerate(paths)]
+    return [
+        read_file(path, table.columns, replace(wanted, owner=None) if i else wanted)
+        for i, path in enumerate(paths)
+    ]
 
 
-def read_file(path: Path, columns: tuple[str, ...], wanted: list[str]) -> Columns:
-    """Read the wanted columns: text, label, and perhaps the natural one.
+def read_file(path: Path, columns: tuple[str, ...], wanted: Wanted) -> Columns:
+    """Read the wanted columns.
 
     Args:
         path: the file; its suffix says of which kind it is.
         columns: names for a delimited file that has no header line.
-        wanted: column names, in that order.
+        wanted: column names.
 
     Raises:
         DataError: the file cannot be read, or lacks a column.
@@ -69,7 +109,7 @@ def read_file(path: Path, columns: tuple[str, ...], wanted: list[str]) -> Column
     try:
         if path.suffix == ".parquet":
             _require(path.name, pyarrow.parquet.read_schema(path).names, wanted)
-            table = pyarrow.parquet.read_table(path, columns=list(dict.fromkeys(wanted)))
+            table = pyarrow.parquet.read_table(path, columns=wanted.names)
         elif path.suffix == ".jsonl":
             table = pyarrow.json.read_json(path)
         else:
@@ -77,10 +117,11 @@ def read_file(path: Path, columns: tuple[str, ...], wanted: list[str]) -> Column
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: {sources.first_line(error)}") from error
     _require(path.name, table.column_names, wanted)
-    return _columns(path.name, {name: table.column(name).to_pylist() for name in wanted}, wanted)
+    values = {name: table.column(name).to_pylist() for name in wanted.names}
+    return _columns(path.name, values, wanted)
 
 
-def _read_delimited(path: Path, columns: tuple[str, ...], wanted: list[str]) -> pa.Table:
+def _read_delimited(path: Path, columns: tuple[str, ...], wanted: Wanted) -> pa.Table:
     """Read CSV, TSV and Orange's .tab, every column as text.
 
     Arrow guesses types from the first block and fails when a later one differs; we
@@ -99,13 +140,13 @@ def _read_delimited(path: Path, columns: tuple[str, ...], wanted: list[str]) -> 
         names = reader.schema.names
     _require(path.name, names, wanted)
     convert = pyarrow.csv.ConvertOptions(
-        include_columns=list(dict.fromkeys(wanted)),
-        column_types={name: pa.string() for name in wanted},
+        include_columns=wanted.names,
+        column_types={name: pa.string() for name in wanted.names},
     )
     return pyarrow.csv.read_csv(path, read, parse, convert)
 
 
-def _read_hub(name: str, wanted: list[str]) -> list[Columns]:
+def _read_hub(name: str, wanted: Wanted) -> list[Columns]:
     """``owner/name``, or ``owner/name:config`` for a set with several configurations."""
     import datasets
 
@@ -125,13 +166,14 @@ def _read_hub(name: str, wanted: list[str]) -> list[Columns]:
         if split not in splits or len(read) == 2:
             continue
         table = splits[split]
-        columns = wanted[: 2 if read else 3]
+        columns = replace(wanted, owner=None) if read else wanted
         _require(f"{name} ({split})", table.column_names, columns)
-        values = {column: list(table[column]) for column in columns}
+        values = {column: list(table[column]) for column in columns.names}
         # A test split whose labels are withheld has -1 everywhere, as in GLUE.
-        if read and all(label == -1 for label in values[columns[1]]):
+        if read and wanted.label and all(label == -1 for label in values[wanted.label]):
             continue
-        names = tuple(getattr(table.features[columns[1]], "names", ()))
+        feature = table.features[wanted.label] if wanted.label else None
+        names = tuple(getattr(feature, "names", ()))
         read.append(_columns(f"{name} ({split})", values, columns, names))
     return read
 
@@ -151,14 +193,21 @@ def _without_progress() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _require(source: str, present: Sequence[str], wanted: list[str]) -> None:
-    for column in wanted:
+def _require(source: str, present: Sequence[str], wanted: Wanted) -> None:
+    for column in wanted.names:
         if column not in present:
-            raise DataError(f"{source} has no column {column!r}; it has {', '.join(present)}")
+            use = wanted.use if column == wanted.label else ""
+            raise DataError(f"{source} has no column {column!r}{use}; it has {', '.join(present)}")
 
 
 def _columns(
-    source: str, values: dict[str, list[Any]], wanted: list[str], names: tuple[str, ...] = ()
+    source: str, values: dict[str, list[Any]], wanted: Wanted, names: tuple[str, ...] = ()
 ) -> Columns:
-    text, label, *owner = wanted
-    return Columns(source, values[text], values[label], values[owner[0]] if owner else None, names)
+    return Columns(
+        source,
+        texts=values[wanted.text],
+        labels=None if wanted.label is None else values[wanted.label],
+        owners=None if wanted.owner is None else values[wanted.owner],
+        prompts=None if wanted.prompt is None else values[wanted.prompt],
+        names=names,
+    )

@@ -19,7 +19,7 @@ import torch
 from fedalgos import registry
 from fedalgos.method import Assignment, Work
 from fedalgos.space import ParamSpace, digest
-from node import batches, data, model, task
+from node import answers, batches, data, model, task
 from node.engine import Outcome, Setup
 from node.measure import Phases
 from node.oracle import TorchOracle
@@ -72,7 +72,9 @@ class Worker:
                 device=setup.device,
                 seed=experiment.run.seed,
             )
-            self._task = task.TextTask(trained, experiment.data, shards.classes)
+            self._task = task.build(trained, experiment.data, shards.classes)
+            if setup.evaluates:
+                answers.check(trained, experiment.data)
             self._oracle = TorchOracle(trained, self._task)
             self._train = {c: self._task.tokenise(e) for c, e in shards.train.items()}
             self._test = self._task.tokenise(shards.test)
@@ -210,6 +212,7 @@ class Worker:
                 rows = by_length[start : start + EVALUATION_BATCH]
                 batch_loss, right, n = self._task.score(self._task.batch(self._test, rows))
                 loss, correct, count = loss + batch_loss, correct + right, count + n
+            rouge = self._rouge() if message.last else None
         if message.last and self._setup.export is not None:
             self._trained.export(self._setup.export)
         return Outcome(
@@ -217,10 +220,16 @@ class Worker:
                 version=self.version,
                 loss=min(loss / count, MAX_LOSS) if math.isfinite(loss) else MAX_LOSS,
                 metric=correct / count,
-                examples=count,
+                examples=len(self._test),
+                rouge_l=rouge,
                 costs=self._phases.take(),
             )
         )
+
+    def _rouge(self) -> float | None:
+        """Of the answers that the model writes, if the experiment asks for them."""
+        asked = self._experiment.data
+        return answers.rouge_l(self._trained, self._test, asked) if asked.generate else None
 
     def _probe(self) -> range:
         """Rows of one evaluation batch of the training batch size."""

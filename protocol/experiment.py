@@ -85,31 +85,43 @@ class Data(Section, frozen=True, kw_only=True):
         id: a hub id, a local .csv, .tsv, .jsonl or .parquet file, or
             ``pypi:PACKAGE/NAME`` for a set that a package ships.
         task: "classify" puts a head on the model; "prompt" scores the label words at
-            the end of the template.
-        text, label: column names.
+            the end of the template; "causal" scores every token of the text.
+        text, label, prompt: column names.  "causal" reads labels only to deal by them,
+            and no prompt without a name.
         binarise_at: turn a numeric label column into 0/1: above the value is 1.
         margin: with binarise_at, drop examples closer to the value than this.
-        template: for "prompt"; must contain ``{text}``, and ends where the word is due.
+        template: for "prompt" it must contain ``{text}``, and ends where the word is due;
+            for "causal" it ends with ``{text}``, and what is before that, ``{prompt}``
+            included, is not scored.
         words: for "prompt"; one label word per class, in class order (labels are
             sorted; 0/1 after binarise_at), with the leading space the model expects.
         max_length: tokens per example; the text is cut, never the template.
+        generate: for "causal"; tokens of the answers that the last evaluation has the
+            model write, for Rouge-L; 0 writes none.
+        generate_examples: how many test examples are answered.
         train, test: how many examples at the most; 0 takes all.  Without an official
             test split, ``test`` examples are held out and must be at least 1.
         seed: of the shuffle before the cut, so that the split is part of the file.
     """
 
     id: str
-    task: Literal["classify", "prompt"] = "classify"
+    task: Literal["classify", "prompt", "causal"] = "classify"
     text: str = "text"
     label: str = "label"
+    prompt: str = ""
     binarise_at: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None
     margin: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     template: str = "{text}"
     words: tuple[str, ...] = ()
     max_length: Annotated[int, Meta(ge=1, le=1_000_000)] = 128
+    generate: Count0 = 0
+    generate_examples: Count = 32
     train: Count0 = 0
     test: Count0 = 0
     seed: Count0 = 0
+
+
+BY_LABEL = ("dirichlet", "shard")  # the kinds of partition that deal by it
 
 
 class Partition(Section, frozen=True, kw_only=True):
@@ -263,14 +275,36 @@ def _impossible(e: Experiment) -> str | None:
         return f"rounds.quorum {e.rounds.quorum} is more than rounds.target {e.rounds.target}"
     if e.nodes.start_clients > e.partition.clients:
         return f"nodes.start_clients {e.nodes.start_clients} is more than partition.clients"
-    if e.data.task == "prompt" and "{text}" not in e.data.template:
-        return "data.template must contain {text}"
-    if e.data.task == "prompt" and len(e.data.words) < 2:
-        return "data.words needs one word per class, and at least two"
-    if e.data.task == "prompt" and e.peft.kind == "head":
-        return 'peft.kind "head" trains a classification head, which data.task "prompt" has not'
+    if e.data.task != "classify" and e.peft.kind == "head":
+        return (
+            'peft.kind "head" trains a classification head, '
+            f'which data.task "{e.data.task}" has not'
+        )
+    if (why := _impossible_task(e.data, e.partition)) is not None:
+        return why
     if e.partition.kind == "natural" and not e.partition.column:
         return "partition.column is needed with natural"
     if e.nodes.patience_seconds < 2 * e.nodes.heartbeat_seconds:
         return "nodes.patience_seconds must be at least twice nodes.heartbeat_seconds"
+    return None
+
+
+def _impossible_task(data: Data, partition: Partition) -> str | None:
+    if data.task != "causal" and (data.prompt or data.generate):
+        return 'data.prompt and data.generate are for data.task "causal"'
+    if data.task == "prompt" and "{text}" not in data.template:
+        return "data.template must contain {text}"
+    if data.task == "prompt" and len(data.words) < 2:
+        return "data.words needs one word per class, and at least two"
+    if data.task != "causal":
+        return None
+    context, found, after = data.template.partition("{text}")
+    if not found or after:
+        return 'data.template must end with {text}, and contain it once, in data.task "causal"'
+    if context.count("{prompt}") != bool(data.prompt):
+        return "data.template must contain {prompt} once if data.prompt names a column, else never"
+    if data.generate and not data.prompt:
+        return "data.generate needs data.prompt: without one there is nothing to answer"
+    if data.binarise_at is not None and partition.kind not in BY_LABEL:
+        return 'data.binarise_at makes labels, which data.task "causal" only deals by'
     return None

