@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedalgos.baffle import Baffle, baffle
 from fedalgos.fwdllm import MOST, FwdLLM, State, directions, fwdllm, rate
 from fedalgos.method import Assignment, Contribution, Method, Work
+from fedalgos.pacing import Gauge
 from fedalgos.space import digest
 from protocol import noise
 from protocol.errors import ExperimentError
@@ -113,7 +114,7 @@ def test_another_number_of_scalars_is_not_accepted() -> None:
 
 def test_a_commit_after_two_attempts_by_hand() -> None:
     """K = 2, clients 8 and 3, then 8 alone: three contributions along picks 0 to 5."""
-    method = made(lr=0.6, perturbations=2, threshold=1e-6, max_attempts=2)
+    method = made(lr=0.6, perturbations=2, threshold=1e-6, max_attempts=2, smoothing=0.25)
     s, _ = method.init(START)
     s, nothing = method.aggregate(s, START, 1, answers(method, s, {8: [3, 4], 3: [1, 2]}, 7))
     assert nothing == Scalars((), nothing.values)
@@ -141,7 +142,18 @@ def test_a_commit_after_two_attempts_by_hand() -> None:
         method.apply(START, 2, over_the_wire(step)), expected, rtol=1e-5, atol=1e-6
     )
     assert (len(s.pool), s.attempts, s.next, s.commits, s.last) == (0, 0, 6, 1, 2)
-    assert s.gauge.single is not None  # what was learned about the variance stays
+    later = (z_of(0) + 2 * z_of(1)) / 2 - (
+        3 * z_of(2) + 4 * z_of(3) + 5 * z_of(4) + 6 * z_of(5)
+    ) / 4
+    single = [(apart**2).mean() / 2, (later**2).mean() / 2 / 0.75]  # c_2 = 1, c_3 = 3/4
+    assert s.gauge.single == pytest.approx(0.25 * single[0] + 0.75 * single[1], rel=1e-5)
+    s, _ = method.aggregate(s, START, 3, answers(method, s, {8: [1, 2]}))
+    assert s.gauge == Gauge(single=s.gauge.single)  # nothing to measure, nothing forgotten
+    s, _ = method.aggregate(s, START, 4, answers(method, s, {8: [3, 4]}))
+    third = float(s.gauge.variance or 0)
+    assert s.gauge.single == pytest.approx(
+        0.25 * (0.25 * single[0] + 0.75 * single[1]) + 0.75 * third, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("gate", ["tensor", "all"])
