@@ -1,4 +1,4 @@
-"""The frozen base of a model: a checkpoint or a ``random:`` shape, and its tokenizer."""
+"""The base of a model, a checkpoint or a ``random:`` shape, in its dtype; and its tokenizer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.utils
+import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from node import shapes, sources
+from node import quantised, shapes, sources
+from node.quantised import BITS
 from protocol.errors import ModelError
 
 # These two are typed in part only.
@@ -44,24 +46,41 @@ def quiet() -> Iterator[None]:
             hub.enable_progress_bars()
 
 
-def load(
-    model_id: str, task: str, num_classes: int, options: dict[str, Any]
-) -> tuple[Any, Any, set[str]]:
-    """The model, its tokenizer, and the tensors that are still to get a first value."""
+def load(model_id: str, task: str, num_classes: int, dtype: str) -> tuple[Any, Any, set[str]]:
+    """The model, its tokenizer, and the tensors that are still to get a first value.
+
+    With few bits per weight the linear layers of the base are quantised, a checkpoint's
+    after it is loaded and one by one; all else is fp32.
+
+    Raises:
+        ModelError: the model is not there, or is not of the task's kind.
+    """
     auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
     labels = {"num_labels": num_classes} if task == "classify" else {}
     if model_id.startswith("random:"):
-        base, tokenizer = shapes.build(model_id, auto, labels, options)
+        base, tokenizer = shapes.build(model_id, auto, labels, dtype)
         fresh = {n for n, _ in base.named_parameters() if labels and _is_head(base, n)}
         return base, tokenizer, fresh
+    # What is quantised is read as it is stored: fp32 would be a copy of twice the size.
+    stored_as = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype, "auto")
+    base, tokenizer, fresh = _from_checkpoint(model_id, auto, labels, stored_as)
+    if dtype in BITS:
+        for name in quantised.layers(base, fresh):
+            quantised.replace(base, name, BITS[dtype])
+        base.float()
+    return base, tokenizer, fresh
+
+
+def _from_checkpoint(
+    model_id: str, auto: Any, labels: dict[str, int], dtype: torch.dtype | str
+) -> tuple[Any, Any, set[str]]:
     path = sources.resolve_model(model_id)
     if isinstance(path, Path):
         path = sources.converted(path) if path.suffix == ".gguf" else path
+    options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
     try:
         tokenizer = _from_cache_first(transformers.AutoTokenizer, path, {})
-        base, report = _from_cache_first(
-            auto, path, options | labels | {"output_loading_info": True, "use_safetensors": True}
-        )
+        base, report = _from_cache_first(auto, path, options | labels)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         where = "" if isinstance(path, Path) else " (no such directory, nor to be had from the hub)"
         why = sources.first_line(error)

