@@ -175,7 +175,7 @@ def forward(
 def in_slots(contributions: Iterable[Contribution], rate: float) -> Scalars:
     """The runs of all slots in order, with rate and examples; an absent client's is empty.
 
-    So the place of a run says which units it is about, at 5 bytes for each that is absent.
+    So the place of a run says which units it is about, at 6 bytes for each that is absent.
     """
     got = {c.assignment.slot: c for c in contributions}  # K scalars each
     if not got:

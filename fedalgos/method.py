@@ -81,8 +81,8 @@ class Assignment:
         client: its number.
         units: which units to train; none means everything.
         lr: its step size, where the method gives each client its own.
-        picks: which of the method's candidates to use, one for each step, where the
-            coordinator chooses.
+        picks: which of the method's candidates to use, where the coordinator chooses; the
+            method says how they are written.
         slot: its place in the plan, where places differ; the coordinator keeps it.
         num_slots: how many places the plan has.
     """
