@@ -160,7 +160,7 @@ def test_masks_with_rows_of_one_key_and_of_none(shapes: Any, num: int, kind: str
     full = (*lead, heads, rows, keys)
     every = [full, (*[1] * len(lead), heads, rows, keys), full[-2:], (heads, 1, keys)]
     if lead:
-        every.append((*lead, 1, rows, keys))
+        every += [(*lead, 1, rows, keys), (lead[0], *[1] * (len(lead) - 1), *full[-3:])]
     for shape in every:
         blocked = ~bool_mask(*shape)
         mask = normal(*shape).masked_fill_(blocked, -math.inf)
@@ -235,30 +235,34 @@ def test_bf16_loses_no_more_than_its_own_last_bits() -> None:
     assert (error <= 2**-8 * exact[1:].abs() + 1e-4).all()
 
 
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Elements of the largest tensor that any operation returns."""
+class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Elements of the largest tensor that any operation returns, and of all softmaxes."""
 
-    numel = 0
+    largest, scores = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        found = out if isinstance(out, tuple | list) else (out,)
-        sizes = [
-            x.untyped_storage().nbytes() // x.element_size() for x in found if torch.is_tensor(x)
-        ]
-        self.numel = max([self.numel, *sizes])
+        found = [x for x in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(x)]
+        of_storages = [x.untyped_storage().nbytes() // x.element_size() for x in found]
+        self.largest = max([self.largest, *of_storages])
+        if "softmax" in str(func):
+            self.scores += found[0].numel()
         return out
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_no_tensor_grows_with_the_square_of_the_length(is_causal: bool, masked: bool) -> None:
-    def largest(length: int) -> int:
-        pairs = moving([(1, 2, length, 4)] * 3, 2, torch.float32)
-        mask = (torch.ones(length, dtype=torch.bool), None) if masked and not is_causal else None
-        mode: Any = Largest()  # type: ignore[no-untyped-call]
-        with mode:
-            attention(*pairs, mask, is_causal=is_causal)
-        return int(mode.numel)
+def sizes(length: int, **options: Any) -> Any:
+    mode: Any = Sizes()  # type: ignore[no-untyped-call]
+    with mode:
+        attention(*moving([(1, 2, length, 4)] * 3, 2, torch.float32), **options)
+    return mode
 
-    assert largest(512) <= largest(2048) <= 2**18  # where all scores of 2048 would be 2^23
+
+def test_no_tensor_grows_with_the_square_of_the_length() -> None:
+    for options in ({}, {"is_causal": True}, {"mask": (torch.ones(1, 1, dtype=torch.bool), None)}):
+        # where all scores of 4096 would be 2^25
+        assert sizes(512, **options).largest <= sizes(4096, **options).largest <= 2**18
+
+
+def test_each_score_is_formed_once_and_little_of_the_future_at_all() -> None:
+    assert sizes(512).scores == 2 * 512**2
+    assert sizes(512, is_causal=True).scores < 1.15 * 512**2
