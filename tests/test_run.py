@@ -159,6 +159,10 @@ def test_fedmezo_as_scalars_and_as_weights_ends_with_the_same_digest(
 
 KINDS = {
     "spry": ("", "lora"),
+    "spry, scalars": ('wire="scalars", local={kind="sgd", lr=0.01}', "lora"),
+    "fedfgd": ("", "lora"),
+    "fwdllm": ("perturbations=4, max_attempts=2, min_attempts=2, keep=0.5, lr=0.1", "lora"),
+    "fedavg, split": ("split=true", "lora"),
     "flasc": ("density_up=0.9, density_down=0.9, steps=3", "lora"),
     "fedkseed": ("steps=2, candidates=16, lr=0.01, pro=true", "full"),
     "decomfl": ("steps=2, perturbations=3, lr=0.01", "full"),
@@ -172,6 +176,7 @@ def test_every_payload_kind_crosses_real_sockets(
     experiment: Path, tmp_path: Path, name: str
 ) -> None:
     settings, peft = KINDS[name]
+    name = name.split(",")[0]
     method = f'method={{name="{name}", batch_size=4, {settings}}}'.replace(", }", "}")
     summary = run(experiment, tmp_path / name, method, f'peft={{kind="{peft}", rank=2}}')
     assert summary["method"] == name
@@ -227,6 +232,39 @@ def test_kill_9_of_a_node_mid_round_costs_that_node_and_no_more(
     assert set(rounds[1]["missing"]) == {"2", "3"}  # node-1's clients
     assert "node-1" in rounds[1]["missing"]["2"]
     assert "node-1 was killed by signal 9; starting it again" in output
+
+
+def test_a_client_lost_in_a_round_of_spry_leaves_its_units_as_they_were_and_no_others(
+    experiment: Path, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    method = 'method={name="spry", batch_size=4, steps=30, local={kind="sgd", lr=0.05}}'
+    overrides = [method, "nodes.return_seconds=0.5", 'peft={kind="lora", rank=2}']
+    run(experiment, tmp_path / "one", *overrides, "rounds.count=1")
+    process = started(command(experiment, tmp_path / "two", *overrides, "rounds.count=2"))
+    wait_for(lambda: bool(committed(tmp_path / "two")), "round 1 is committed")
+    os.kill(pids(tmp_path / "two")["node-1"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, output
+    last = committed(tmp_path / "two")[-1]
+    lost = {slot for slot, client in enumerate(last["cohort"]) if str(client) in last["missing"]}
+    assert len(lost) == 2
+    before, after = (
+        load_file(tmp_path / name / "model" / "adapter_model.safetensors")
+        for name in ("one", "two")
+    )
+    units: dict[str, bool] = {}  # whether it moved; a LoRA pair is a unit, in the file's order
+    for name, x in before.items():
+        unit = name.split(".lora_")[0]
+        units[unit] = units.get(unit, False) or not np.array_equal(x, after[name])
+    in_order = sorted(units, key=_place)
+    held_by_lost = [i % 4 in lost for i in range(len(in_order))]  # unit j goes to slot j mod 4
+    assert [not units[unit] for unit in in_order] == held_by_lost
+
+
+def _place(unit: str) -> tuple[int, int]:
+    """Where a unit stands among the trained ones: by layer, then q before v."""
+    layer = int(unit.split(".layers.")[1].split(".")[0])
+    return layer, ["q_proj", "v_proj"].index(unit.rpartition(".")[2])
 
 
 def test_killed_node_that_is_waited_for_loses_nothing(
