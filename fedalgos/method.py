@@ -83,8 +83,7 @@ class Assignment:
         lr: its step size, where the method gives each client its own.
         picks: which of the method's candidates to use, where the coordinator chooses; the
             method says how they are written.
-        slot: its place in the plan, where places differ; the coordinator keeps it.
-        num_slots: how many places the plan has.
+        slot, num_slots: its place in the plan, of how many; the coordinator keeps them.
     """
 
     client: int
@@ -128,9 +127,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
 
 
-def no_metrics(state: Any) -> Mapping[str, float]:
+def no_metrics(_: Any) -> Mapping[str, float]:
     """The figures of methods that have none."""
-    del state
     return {}
 
 

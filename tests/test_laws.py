@@ -398,6 +398,14 @@ def test_a_replica_that_replays_all_steps_equals_the_coordinator_to_the_bit(name
 
 
 @each_method
+def test_figures_of_the_state_are_finite_and_change_nothing(made: Made) -> None:
+    before, _, after, _ = one_round(made)
+    assert made.method.metrics(before) == {}  # nothing has happened yet
+    freeze(after)
+    assert all(np.isfinite(v) and type(v) is float for v in made.method.metrics(after).values())
+
+
+@each_method
 def test_two_clients_on_a_quadratic_converge(made: Made) -> None:
     *_, last = play(made.method, CLIENTS, START, 150, batches=batches)
     start, end = (float(((x - GOAL) ** 2).sum()) for x in (START, last.x))
