@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,6 @@ from node.model import TrainedModel
 from node.tokens import Batch, Tokens, pad, padded
 from protocol.errors import DataError, ModelError
 from protocol.experiment import Data
-
-ModelCall = Callable[..., Any]  # inputs by keyword, and ``scored``, to a sum over tokens
 
 IGNORED = -100  # the label of a place that is not scored, as in transformers
 
@@ -88,9 +86,10 @@ class CausalTask:
         tokens = self.tokenise(examples)
         return self.batch(tokens, range(len(tokens)))
 
-    def loss(self, model: ModelCall, batch: Batch) -> torch.Tensor:
+    def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross entropy over the batch's scored tokens, fp32."""
-        total: torch.Tensor = model(**batch.inputs, scored=_scored(batch, chunked.cross_entropy))
+        scored = _scored(batch, chunked.cross_entropy)
+        total: torch.Tensor = self._model(**batch.inputs, scored=scored)
         return total / batch.weight
 
     @torch.inference_mode()

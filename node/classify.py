@@ -1,13 +1,9 @@
-"""Classification of texts: by a head, or by the label word that is due after a prompt.
-
-``logits`` and ``loss`` take a callable, so they serve ``model(**inputs)`` and
-``functional_call(model, parameters, (), inputs)`` alike.
-"""
+"""Classification of texts: by a head, or by the label word that is due after a prompt."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +17,6 @@ from node.model import TrainedModel
 from node.tokens import Batch, Tokens, padded, positions
 from protocol.errors import DataError, ModelError
 from protocol.experiment import Data
-
-ModelCall = Callable[..., Any]  # inputs by keyword to an output that has .logits
 
 _SLOT = "{text}"
 
@@ -81,19 +75,19 @@ class TextTask:
         """All the examples as one batch."""
         return self.batch(self.tokenise(examples), range(len(examples)))
 
-    def logits(self, model: ModelCall, batch: Batch) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
         """Scores of the classes in fp32, of shape (n, classes)."""
-        scores: torch.Tensor = model(**batch.inputs).logits
+        scores: torch.Tensor = self._model(**batch.inputs).logits
         return scores.float()
 
-    def loss(self, model: ModelCall, batch: Batch) -> torch.Tensor:
+    def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross entropy, fp32."""
-        return functional.cross_entropy(self.logits(model, batch), batch.labels)
+        return functional.cross_entropy(self.logits(batch), batch.labels)
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> tuple[float, int, int]:
         """Sum of the losses, how many are right, and how many there are."""
-        scores = self.logits(self._model, batch)
+        scores = self.logits(batch)
         loss = functional.cross_entropy(scores, batch.labels, reduction="sum")
         correct = (scores.argmax(dim=1) == batch.labels).sum()
         return float(loss), int(correct), len(batch)

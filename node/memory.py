@@ -133,7 +133,7 @@ def run(order: Order) -> Needs:
         weights = {t.data_ptr(): t.nbytes for t in _tensors(trained.model)}
     oracle.load(x)
     with phases("inference"), torch.no_grad():  # of the whole batch, micro-batches or not
-        work.loss(trained.model, batch)
+        work.loss(batch)
     with phases("train"):
         method.local(x, oracle, [batch], Work(1, assignment))
     load, inference, step = phases.take()

@@ -32,11 +32,9 @@ Ranges = Sequence[tuple[int, int]]
 class TorchOracle:
     """Implements ``fedalgos.method.Oracle`` for a model and a task."""
 
-    def __init__(
-        self, trained: TrainedModel, task: Task, compute: Compute | None = None
-    ) -> None:
+    def __init__(self, trained: TrainedModel, task: Task, compute: Compute | None = None) -> None:
         self._compute = compute or Compute()
-        self._model, self._task = trained.model, task
+        self._task = task
         self._parameters = trained.parameters
         self._shapes = [tuple(p.shape) for p in self._parameters]
         self._sizes = [p.numel() for p in self._parameters]
@@ -139,7 +137,7 @@ class TorchOracle:
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        return self._task.loss(self._model, batch)
+        return self._task.loss(batch)
 
     def _mean_loss(self, batch: Batch) -> float:
         return _mean((float(self._loss(part)), share) for part, share in self._shares(batch))

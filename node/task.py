@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,6 @@ from node.tokens import Batch, Tokens
 from protocol.experiment import Data
 
 __all__ = ["Batch", "Task", "TextTask", "Tokens", "build"]
-
-ModelCall = Callable[..., Any]
 
 
 class Task(Protocol):
@@ -40,7 +38,7 @@ class Task(Protocol):
     def encode(self, examples: Examples) -> Batch:
         """All the examples as one batch."""
 
-    def loss(self, model: ModelCall, batch: Batch) -> torch.Tensor:
+    def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross entropy over the batch's weight, fp32."""
 
     def score(self, batch: Batch) -> tuple[float, int, int]:

@@ -75,7 +75,7 @@ class Worker:
             self._task = task.build(trained, experiment.data, shards.classes)
             if setup.evaluates:
                 answers.check(trained, experiment.data)
-            self._oracle = TorchOracle(trained, self._task)
+            self._oracle = TorchOracle(trained, self._task, experiment.compute)
             self._train = {c: self._task.tokenise(e) for c, e in shards.train.items()}
             self._test = self._task.tokenise(shards.test)
         self._trained = trained

@@ -170,7 +170,7 @@ def test_loss_and_gradients_are_those_of_transformers(name: str, kind: str) -> N
     data = examples(TEXTS, ["short?", "what is it? " * 4, ""])
     batch = made.encode(data)
     assert batch.weight > chunked.CHUNK  # more than one chunk, the last one not full
-    ours, own = made.loss(trained.model, batch), theirs(trained, made, data)
+    ours, own = made.loss(batch), theirs(trained, made, data)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=0)
     for got, want in zip(
@@ -185,7 +185,7 @@ def test_the_mean_over_tokens_by_hand() -> None:
     trained, made = loaded("llama-tiny")
     batch = made.encode(examples(["abc", "b"]))
     with torch.no_grad():
-        loss = made.loss(trained.model, batch)
+        loss = made.loss(batch)
         logits = trained.model(**batch.inputs).logits  # without ``scored`` all is as before
     at = functional.log_softmax(logits, dim=2)
     (a, b, c), (d, *_) = batch.labels.tolist()
@@ -209,16 +209,16 @@ def test_score_is_sums_over_tokens() -> None:
 
 @NAMES
 def test_padding_and_parts_do_not_change_the_loss(name: str) -> None:
-    trained, made = loaded(name)
+    _, made = loaded(name)
     data = examples([*TEXTS, "x", "yz"])
     batch = made.encode(data)
     with torch.no_grad():
-        whole = made.loss(trained.model, batch)
+        whole = made.loss(batch)
         alone = [made.encode(data.take([i])) for i in range(5)]
         for parts in (alone, list(batch.parts(2)), list(batch.parts(9))):
             assert sum(len(part) for part in parts) == 5
             shares = [part.weight / batch.weight for part in parts]
-            losses = [share * made.loss(trained.model, part)
+            losses = [share * made.loss(part)
                       for part, share in zip(parts, shares, strict=True)]  # fmt: skip
             torch.testing.assert_close(sum(losses), whole, rtol=1e-5, atol=0)
     assert [part.counts for part in batch.parts(2)] == [
@@ -259,7 +259,7 @@ def test_no_more_logits_than_a_chunk_exist_at_any_time(with_grad: bool) -> None:
     batch = made.encode(examples(TEXTS * 4))
     assert batch.weight > 3 * chunked.CHUNK
     with torch.set_grad_enabled(with_grad), Widest() as ours:
-        loss = made.loss(trained.model, batch)
+        loss = made.loss(batch)
         if with_grad:
             torch.autograd.grad(loss, trained.parameters)
     assert ours.rows == chunked.CHUNK
@@ -272,7 +272,7 @@ def test_no_more_logits_than_a_chunk_exist_at_any_time(with_grad: bool) -> None:
 
 
 def test_backpropagation_keeps_no_logits() -> None:
-    trained, made = loaded("llama-tiny")
+    _, made = loaded("llama-tiny")
     batch = made.encode(examples(TEXTS * 4))
     kept: list[torch.Size] = []
 
@@ -281,7 +281,7 @@ def test_backpropagation_keeps_no_logits() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        made.loss(trained.model, batch)
+        made.loss(batch)
     wide = [shape for shape in kept if len(shape) > 1 and shape[-1] == VOCABULARY]
     assert kept
     assert not wide
@@ -307,14 +307,14 @@ def test_a_tensor_of_another_kind_comes_out_as_that_kind() -> None:
     head.forward = lambda hidden, scored: forward(hidden.as_subclass(Followed), scored)
     Followed.names = set()
     with torch.no_grad():
-        loss = made.loss(trained.model, batch)
+        loss = made.loss(batch)
     head.forward = forward
     assert isinstance(loss, Followed)
     assert Followed.names <= {
         *("reshape", "__get__", "__getitem__", "split", "linear", "float", "cross_entropy"),
         *("add", "div", "__truediv__"),
     }
-    torch.testing.assert_close(loss.as_subclass(torch.Tensor), made.loss(trained.model, batch))
+    torch.testing.assert_close(loss.as_subclass(torch.Tensor), made.loss(batch))
 
 
 @PEFT_WARNS

@@ -161,12 +161,12 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
     calls = 0
     loss = m.task.loss
 
-    def failing(call: Any, batch: Batch) -> torch.Tensor:
+    def failing(batch: Batch) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise MemoryError("no room")
-        return loss(call, batch)
+        return loss(batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(m.task, "loss", failing)

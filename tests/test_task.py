@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -115,10 +113,10 @@ def test_a_template_with_two_slots_is_refused() -> None:
     ],
 )
 def test_padding_does_not_change_an_examples_score(name: str, config: Data) -> None:
-    trained, task = _task(name, config)
+    _, task = _task(name, config)
     with torch.inference_mode():
-        together = task.logits(trained.model, task.encode(EXAMPLES))
-        alone = [task.logits(trained.model, task.encode(EXAMPLES.take([i]))) for i in range(3)]
+        together = task.logits(task.encode(EXAMPLES))
+        alone = [task.logits(task.encode(EXAMPLES.take([i]))) for i in range(3)]
     assert together.shape == (3, 2)
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
 
@@ -141,7 +139,7 @@ def test_prompt_scores_are_the_label_words_logits_at_the_last_position(
     with torch.inference_mode():
         expected = trained.model(ids).logits[:, -1, words]
         task = TextTask(trained, PROMPT, ("0", "1"))  # from here on the head scores the words
-        scores = task.logits(trained.model, task.encode(EXAMPLES.take([0])))
+        scores = task.logits(task.encode(EXAMPLES.take([0])))
         assert trained.model(ids).logits.shape == (1, len(words))
     torch.testing.assert_close(scores, expected)
 
@@ -161,40 +159,14 @@ def test_a_batch_gathers_rows_by_number_and_pads_to_its_own_longest() -> None:
 
 @pytest.mark.parametrize(("name", "config"), [("bert-tiny", CLASSIFY), ("llama-tiny", PROMPT)])
 def test_loss_is_mean_cross_entropy_and_score_its_sum(name: str, config: Data) -> None:
-    trained, task = _task(name, config)
+    _, task = _task(name, config)
     batch = task.encode(EXAMPLES)
-    scores = task.logits(trained.model, batch).detach()
+    scores = task.logits(batch).detach()
     by_hand = -functional.log_softmax(scores, dim=1)[range(3), [0, 1, 1]]
-    loss = task.loss(trained.model, batch)
+    loss = task.loss(batch)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.detach(), by_hand.mean())
     loss_sum, correct, count = task.score(batch)
     assert loss_sum == pytest.approx(float(by_hand.sum()), rel=1e-5)
     assert correct == int((scores.argmax(1) == batch.labels).sum())
     assert count == len(batch) == 3
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, in jvp
-@pytest.mark.parametrize(("name", "config"), [("bert-tiny", CLASSIFY), ("llama-tiny", PROMPT)])
-def test_loss_works_through_functional_call_in_both_modes(name: str, config: Data) -> None:
-    trained = _load(name, config)
-    trained.core.set_attn_implementation("eager")  # the fused one has no forward rule
-    task = TextTask(trained, config, ("0", "1"))
-    batch = task.encode(EXAMPLES)
-
-    def loss(*tensors: torch.Tensor) -> torch.Tensor:
-        given = dict(zip(trained.names, tensors, strict=True))
-
-        def call(**inputs: Any) -> Any:
-            return torch.func.functional_call(trained.model, given, (), inputs)
-
-        return task.loss(call, batch)
-
-    point = tuple(p.detach() + 0.01 for p in trained.parameters)
-    direction = tuple(torch.ones_like(p) for p in point)
-    jvp: Any = torch.func.jvp
-    value, slope = jvp(loss, point, direction)
-    leaves = [p.clone().requires_grad_() for p in point]
-    gradients = torch.autograd.grad(loss(*leaves), leaves)
-    torch.testing.assert_close(slope, sum(g.sum() for g in gradients), rtol=1e-3, atol=1e-6)
-    assert not torch.equal(value, task.loss(trained.model, batch))

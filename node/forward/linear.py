@@ -236,9 +236,9 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Dual:
         out = functional.linear(x, primal_of(weight))
         stack = lifted(out, k)
     slopes = tangents_of(weight)
-    if slopes is not None:
-        for i, slope in enumerate(slopes):
-            stack[1 + i] += functional.linear(primal_of(x), slope)
+    if slopes is not None:  # y_k += x dW_k^T, in place
+        rows = primal_of(x).reshape(-1, x.shape[-1]).expand(len(slopes), -1, -1)
+        stack[1:].view(len(slopes), -1, stack.shape[-1]).baddbmm_(rows, slopes.mT)
     _add_bias(stack, bias)
     return Dual(stack)
 
