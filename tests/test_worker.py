@@ -121,9 +121,9 @@ def test_a_gap_between_relative_steps_and_a_wrong_kind_ask_for_a_snapshot(csv: P
     w = worker(csv, method="spry", steps=1)
     assert "does not follow" in told(w.run(*step_to(w.x, 2)), Sync).reason
     assert w.run(*step_to(w.x, 2, snapshot=True)) is None
-    scalars = payload.Scalars((payload.Run(0, 1),), np.ones(1, np.float32))
-    step = Step(version=3, round=3, digest=bytes(16), payload=payload.spec_of(scalars))
-    assert "does not apply" in told(w.run(step, payload.encode(scalars)), Sync).reason
+    sparse = payload.Sparse(len(w.x), np.arange(1), np.ones(1, np.float32))
+    step = Step(version=3, round=3, digest=bytes(16), payload=payload.spec_of(sparse))
+    assert "does not apply" in told(w.run(step, payload.encode(sparse)), Sync).reason
     assert w.version == 2
 
 
