@@ -9,7 +9,7 @@ import typer
 
 from coordinator.cli import coordinator, report
 from deploy.cli import demo, run
-from node.cli import fetch, memory, node
+from node.cli import fetch, memory, node, profile
 
 app = typer.Typer(
     name="seedwire",
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, demo, coordinator, node, report, fetch, memory):
+for command in (run, demo, coordinator, node, report, fetch, memory, profile):
     app.command()(command)
 
 

@@ -140,6 +140,40 @@ def _dtype(quantize: str) -> str:
     return {"": "fp32", "8bit": "int8", "4bit": "int4"}.get(quantize, quantize)
 
 
+def profile(
+    experiment: Annotated[Path, typer.Argument(help="The experiment file (TOML).")],
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of peft, by commas: lora, adapter, bitfit, head, full.")
+    ] = "lora,adapter,bitfit",
+    directions: Annotated[int, typer.Option(min=1, help="Of a forward gradient.")] = 64,
+    batches: Annotated[int, typer.Option(min=1, help="Mini-batches that are looked at.")] = 2,
+    client: Annotated[int, typer.Option(min=0, help="Whose training data.")] = 0,
+    by: Annotated[
+        str, typer.Option(help="cosine, as published, or decrease (of the loss).")
+    ] = "cosine",
+    write: Annotated[
+        Path | None, typer.Option(help="Write the experiment with the chosen kind here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads for torch; 0 leaves it to it.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON each.")] = False,
+) -> None:
+    """Choose what to train by how well forward gradients find the backpropagated one."""
+    with command_line():
+        from node.profiler import Sample
+        from node.profiler_table import Target, compare
+
+        compare(
+            experiment,
+            list(dict.fromkeys(kind.strip() for kind in kinds.split(",") if kind.strip())),
+            Sample(client, batches, directions, device, threads),
+            by,
+            Target(write, force),
+            is_json=as_json,
+        )
+
+
 def main() -> None:
     """The entry of ``python -m node``."""
     typer.run(node)
