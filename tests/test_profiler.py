@@ -137,7 +137,8 @@ def test_gradients_are_those_of_the_mean_over_the_batches(path: Path) -> None:
 def test_a_model_is_gone_before_the_next_one_is_loaded(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, loaded = model.load, []
+    load = model.load
+    loaded: list[weakref.ref[Any]] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         assert not [ref for ref in loaded if ref() is not None]
@@ -145,7 +146,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(
         loaded.append(weakref.ref(trained.model))
         return trained
 
-    monkeypatch.setattr(profiler.model, "load", watched)
+    monkeypatch.setattr(model, "load", watched)
     sample = Sample(num_batches=1, num_directions=1)
     assert len(list(profile(experiments.load(path), KINDS, sample))) == len(loaded) == 3
 
@@ -179,7 +180,7 @@ def test_a_kind_that_cannot_be_is_a_row_with_its_reason(path: Path) -> None:
 def test_the_choice_is_by_either_figure() -> None:
     few = Fit("bitfit", 10, 1.0, 0.5, 0.5, 0.1, 0.5)
     steep = Fit("lora", 20, 3.0, 0.3, 0.3, 0.1, 0.9)
-    rows = [Unfit("full", "too large"), steep, few]
+    rows: list[Fit | Unfit] = [Unfit("full", "too large"), steep, few]
     assert choose(rows, "cosine") is few
     assert choose(rows, "decrease") is steep
     with pytest.raises(ModelError, match=r"^too large$"):
