@@ -81,10 +81,15 @@ class _Chunked:
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._forward = forward
 
-    def __call__(self, hidden: torch.Tensor, scored: Scored | None = None) -> torch.Tensor:
-        """Logits, or with ``scored`` the sum of its measure; hidden is (n, length, d)."""
-        if scored is None:
+    def __call__(self, hidden: torch.Tensor, *which: Scored) -> torch.Tensor:
+        """Logits, or with a ``Scored`` the sum of its measure; hidden is (n, length, d).
+
+        Not a keyword with a default: ``node.forward.rowwise`` runs in pieces what takes one
+        tensor, and these pieces are made here.
+        """
+        if not which:
             return self._forward(hidden)
+        (scored,) = which
         rows = hidden.reshape(-1, hidden.shape[-1])[scored.places]  # (tokens, d)
         chunks = zip(torch.split(rows, CHUNK), torch.split(scored.targets, CHUNK), strict=True)
         sums = [self._sum(part, targets, scored.measure) for part, targets in chunks]

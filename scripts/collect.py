@@ -4,8 +4,9 @@
     python scripts/collect.py --table experiments/shared-randomness.json
 
 An entry is the run's summary without the parts that are of one machine's processes, and
-its curve: round, loss, accuracy, payload bytes and seconds at each evaluation.  The table
-has one row for each experiment name: the mean over its seeds, and the range.
+its curve: round, loss, the metric by its name, payload bytes and seconds at each
+evaluation.  The table has one row for each experiment name: the mean over its seeds, and
+the range.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ KEEP = (
     *("trained_parameters", "metric", "loss", "bytes", "memory_bytes", "seconds", "digest"),
 )
 COLUMNS = (
-    *("run", "seeds", "loss, before", "after", "accuracy %, before", "after"),
+    *("run", "seeds", "loss, before", "after", "{metric} %, before", "after"),
     *("payload B up, client and round", "down", "message B, all", "seconds"),
 )
 
@@ -36,7 +37,7 @@ def entry(directory: Path) -> dict[str, Any]:
         {
             "round": line["round"],
             "loss": line["test_loss"],
-            "accuracy": line["metric"],
+            summary["metric"]["name"]: line["metric"],
             "payload_bytes": line["bytes"]["payload_up"] + line["bytes"]["payload_down"],
             "seconds": line["seconds_total"],
         }
@@ -65,7 +66,8 @@ def check(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(entries: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown, one row an experiment."""
-    yield f"| {' | '.join(COLUMNS)} |"
+    metric = " or ".join(dict.fromkeys(e["metric"]["name"] for e in entries))
+    yield f"| {' | '.join(COLUMNS)} |".replace("{metric}", metric)
     yield "|---" * len(COLUMNS) + "|"
     for name in dict.fromkeys(e["run"] for e in entries):  # checked to be of one kind
         runs = [e for e in entries if e["run"] == name]

@@ -20,7 +20,7 @@ from node.model import TrainedModel
 from node.oracle import TorchOracle
 from node.tokens import Batch
 from protocol.errors import DataError, ModelError
-from protocol.experiment import Data, Model, Peft
+from protocol.experiment import Compute, Data, Model, Peft
 from protocol.noise import Direction
 
 torch.set_num_threads(1)
@@ -321,7 +321,7 @@ def test_a_tensor_of_another_kind_comes_out_as_that_kind() -> None:
 @pytest.mark.parametrize("kind", PEFTS)
 def test_perturbed_inference_reaches_the_head_in_every_chunk(kind: str) -> None:
     trained, made = loaded("gpt2-tiny", PLAIN, PEFTS[kind])  # tied
-    oracle = TorchOracle(trained, made)  # type: ignore[arg-type,unused-ignore]
+    oracle = TorchOracle(trained, made)
     x, batch = oracle.initial(), made.encode(examples(TEXTS * 2))
     direction = Direction(3, ((0, len(x)),))
     found = oracle.losses(oracle.start(x), direction, (0.01, -0.01), batch)
@@ -329,6 +329,25 @@ def test_perturbed_inference_reaches_the_head_in_every_chunk(kind: str) -> None:
         moved = x + np.float32(offset) * direction.dense(len(x))
         assert loss == oracle.loss(torch.from_numpy(moved), batch)
     assert len(set(found)) == 2
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("kind", PEFTS)
+def test_forward_mode_and_micro_batches_agree_with_backpropagation(kind: str) -> None:
+    trained, made = loaded("gpt2-tiny", PLAIN, PEFTS[kind])
+    oracle = TorchOracle(trained, made, Compute(micro_batch=2, checkpointing=True))
+    x, batch = oracle.initial(), made.encode(examples([*TEXTS, TEXTS[2], "yz"]))
+    assert max(part.weight for part in batch.parts(2)) > chunked.CHUNK
+    with torch.no_grad():
+        whole = float(made.loss(batch))
+    loss, gradient = oracle.grad(oracle.start(x), batch)
+    assert loss == pytest.approx(whole, rel=1e-5)
+    directions = [Direction(key, ((0, len(x)),)) for key in (1, 2)]
+    primal, slopes = oracle.jvp(oracle.start(x), directions, batch)
+    assert primal == pytest.approx(whole, rel=1e-5)
+    for slope, direction in zip(slopes, directions, strict=True):
+        along = gradient.double() @ torch.from_numpy(direction.dense(len(x))).double()
+        assert slope == pytest.approx(float(along), rel=1e-3)
 
 
 # --- models that do something else with their logits --------------------------------
