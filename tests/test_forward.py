@@ -319,7 +319,7 @@ def test_a_pass_gives_loss_and_derivatives_along_each_direction(
 
 def test_only_what_treats_rows_alike_and_widens_them_runs_in_pieces() -> None:
     model = Body()
-    assert list(rowwise.find(model)) == [model.mlp]
+    assert rowwise.find(model) == [rowwise.Block(model.mlp, "forward", 32)]
 
 
 def test_in_pieces_nothing_is_as_wide_as_the_block(monkeypatch: pytest.MonkeyPatch) -> None:

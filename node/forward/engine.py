@@ -35,7 +35,7 @@ class Forward:
         self._model = model
         self._sites = sites.find(model, offsets)
         self._rowwise = rowwise.find(model)
-        self._owners = {m: owner for owner in self._rowwise for m in owner.modules()}
+        self._owners = {m: b.module for b in self._rowwise for m in b.module.modules()}
 
     @torch.no_grad()
     def run(

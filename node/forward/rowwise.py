@@ -9,8 +9,9 @@ of that kind is not read off its name: it is tried once, on three rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,20 +24,33 @@ SCRATCH = 1 << 20  # numbers of a piece's widest tensor, all tangents counted: 4
 MOST_PIECES = 8  # per tangent and value: a quantised weight is unpacked once for each
 
 
-def find(model: nn.Module) -> dict[nn.Module, int]:
-    """The outermost modules that treat rows alike and widen them, with their widest width."""
-    found: dict[nn.Module, int] = {}
-    answers: dict[tuple[Any, int, int], bool] = {}  # layers of a model are alike
+@dataclass(frozen=True)
+class Block:
+    """A method of a module that treats rows alike; ``width`` of its widest intermediate."""
+
+    module: nn.Module
+    method: str
+    width: int
+
+
+def find(model: nn.Module) -> list[Block]:
+    """The outermost modules that treat rows alike and widen them.
+
+    BERT and its like have no such module but a method, ``feed_forward_chunk``.
+    """
+    found: list[Block] = []
+    answers: dict[tuple[Any, str, int, int], bool] = {}  # layers of a model are alike
 
     def visit(module: nn.Module) -> None:
         widths = _widths(module)
         if widths is not None:
-            key = (type(module), *widths)
-            if key not in answers:
-                answers[key] = _is_rowwise(module, widths[0])
-            if answers[key]:
-                found[module] = widths[1]
-                return
+            for method in ("forward", *_chunk_methods(type(module))):
+                key = (type(module), method, *widths)
+                if key not in answers:
+                    answers[key] = _is_rowwise(getattr(module, method), module, widths[0])
+                if answers[key]:
+                    found.append(Block(module, method, widths[1]))
+                    return
         for child in module.children():
             visit(child)
 
@@ -45,21 +59,23 @@ def find(model: nn.Module) -> dict[nn.Module, int]:
 
 
 @contextmanager
-def in_pieces(modules: dict[nn.Module, int], trained: Collection[nn.Module]) -> Iterator[None]:
-    """While inside, these modules take rows with tangents a piece at a time.
+def in_pieces(blocks: Sequence[Block], trained: Collection[nn.Module]) -> Iterator[None]:
+    """While inside, these blocks take rows with tangents a piece at a time.
 
-    Those that are ``trained`` make tangents themselves, so they take any rows so.
+    Those of ``trained`` modules make tangents themselves, so they take any rows so.
     """
-    before = {module: module.__dict__.get("forward") for module in modules}
+    before = [block.module.__dict__.get(block.method) for block in blocks]
     try:
-        for module, width in modules.items():
-            module.__dict__["forward"] = _pieces(module.forward, width, module in trained)
+        for block in blocks:
+            whole = getattr(block.module, block.method)
+            pieces = _pieces(whole, block.width, block.module in trained)
+            block.module.__dict__[block.method] = pieces
         yield
     finally:
-        for module, forward in before.items():
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
+        for block, method in zip(blocks, before, strict=True):
+            del block.module.__dict__[block.method]
+            if method is not None:
+                block.module.__dict__[block.method] = method
 
 
 def _pieces(forward: Any, width: int, is_trained: bool) -> Any:
@@ -104,10 +120,15 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     return (first, widest) if widest > first else None
 
 
+def _chunk_methods(kind: type) -> list[str]:
+    """Those that transformers itself runs in chunks, if told to."""
+    return [name for name in dir(kind) if name.endswith("_chunk") and not name.startswith("_")]
+
+
 @torch.no_grad()
-def _is_rowwise(module: nn.Module, width: int) -> bool:
+def _is_rowwise(call: Any, module: nn.Module, width: int) -> bool:
     """Whether it takes one tensor and gives each row the same, alone or among others."""
-    parameters = inspect.signature(module.forward).parameters.values()
+    parameters = inspect.signature(call).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD]
     if len(needed) != 1:
         return False
@@ -115,8 +136,8 @@ def _is_rowwise(module: nn.Module, width: int) -> bool:
     kind = like.dtype if like.is_floating_point() else torch.float32
     x = torch.linspace(-1, 1, 3 * width, device=like.device).sin().view(1, 3, width).to(kind)
     try:
-        whole, flat = module(x), module(x[0])
-        alone = [module(x[:, i : i + 1]) for i in range(3)]
+        whole, flat = call(x), call(x[0])
+        alone = [call(x[:, i : i + 1]) for i in range(3)]
     except Exception:  # whatever a module says that wants something else
         return False
     ok = isinstance(whole, torch.Tensor) and whole.dim() == 3 and whole.shape[:2] == x.shape[:2]
