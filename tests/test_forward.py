@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from node.forward import engine, rowwise
+from node.forward import engine, lora, norms, rowwise
 from node.forward.dual import RULES, Dual, NoForwardRuleError
 from node.forward.engine import Forward
 from protocol.errors import ModelError
@@ -332,6 +332,74 @@ def test_in_pieces_nothing_is_as_wide_as_the_block(monkeypatch: pytest.MonkeyPat
     forward.run(flat, directions(len(flat), (0, first))[:1], lambda: model(INPUT))
     assert len(widest) == rowwise.MOST_PIECES
     assert max(widest) == 2 * 32  # of 15 rows
+
+
+class Layer(nn.Module):
+    """As BERT's: a method that takes rows, in a module that mixes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.feed_forward_chunk(x - x.mean(-2, keepdim=True)).square().mean()
+
+    def feed_forward_chunk(self, x: torch.Tensor) -> Any:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def test_a_method_that_can_be_chunked_runs_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowwise, "SCRATCH", 1)
+    model = Layer()
+    assert rowwise.find(model) == [rowwise.Block(model, "feed_forward_chunk", 32)]
+    forward, flat, parameters = built(model)
+    rows: list[int] = []
+    model.up.register_forward_hook(lambda m, a, y: rows.append(y.shape[0]))
+    along = directions(len(flat))
+    _, slopes = forward.run(flat, along, lambda: model(INPUT))
+    assert rows == [2] * 7 + [1]  # MOST_PIECES of 15
+    g = torch.cat([g.reshape(-1) for g in torch.autograd.grad(model(INPUT), parameters)])
+    want = [float(g @ torch.from_numpy(z.dense(len(flat)))) for z in along]
+    assert slopes == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("which", range(1, 8))
+def test_a_low_rank_product_is_added_as_peft_would(which: int, dtype: torch.dtype) -> None:
+    y, a, w = drawn(1 + K, 2, 3, 6), drawn(1 + K, 2, 3, 2, seed=2), drawn(1 + K, 6, 2, seed=3)
+    parts: list[Any] = []
+    for bit, stack in enumerate((y.to(dtype), a, w)):
+        parts.append(Dual(stack) if which & 1 << bit else stack[0])
+    want = parts[0] + (functional.linear(parts[1], parts[2]) * 0.5).to(dtype)
+    base, a, w = (Dual(p.stack.clone()) if isinstance(p, Dual) else p for p in parts)
+    got = lora.added(base, a, w, 0.5)
+    torch.testing.assert_close(got.stack, want.stack)
+
+
+class OddRMSNorm(nn.Module):
+    """Gemma's: one more than the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(4)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (4,), 1 + self.weight, self.variance_epsilon)
+
+
+class PlainRMSNorm(OddRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (4,), self.weight, self.variance_epsilon)
+
+
+def test_a_norm_is_fused_only_where_it_is_the_one_meant() -> None:
+    odd, plain = OddRMSNorm(), PlainRMSNorm()
+    plain.weight.data = ROW.float()
+    found = norms.patches(nn.ModuleList([odd, plain]))
+    assert [module for module, *_ in found] == [plain]
+    x = Dual(X.float())
+    with torch.no_grad():
+        torch.testing.assert_close(found[0][2](x).stack, plain(x).stack)
 
 
 def test_tangents_are_formed_once_for_all_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from node import device, sites
-from node.forward import layers, linear, pointwise, rowwise  # noqa: F401  (they register rules)
+from node.forward import layers, linear, lora, norms, pointwise, rowwise  # noqa: F401  (rules)
 from node.forward.dual import Dual, NoForwardRuleError
+from node.forward.patching import Patch, patched
 from node.sites import Site
 from protocol.errors import ModelError
 from protocol.noise import Direction
@@ -35,6 +36,7 @@ class Forward:
         self._model = model
         self._sites = sites.find(model, offsets)
         self._rowwise = rowwise.find(model)
+        self._fused = [*lora.patches(model), *norms.patches(model)]
         self._owners = {m: b.module for b in self._rowwise for m in b.module.modules()}
 
     @torch.no_grad()
@@ -49,10 +51,7 @@ class Forward:
         """
         touched = [site for site in self._sites if _touches(site, directions)]
         try:
-            with (
-                self._duals(x, directions, touched),
-                rowwise.in_pieces(self._rowwise, {self._owner(site) for site in touched}),
-            ):
+            with self._duals(x, directions, touched), patched(self._patches(touched)):
                 out = call()
         except NoForwardRuleError as error:
             where = self._module_of(error)
@@ -66,6 +65,10 @@ class Forward:
             return float(out), [0.0] * len(directions)
         loss, *slopes = out.stack.tolist()
         return loss, slopes
+
+    def _patches(self, touched: Sequence[Site]) -> list[Patch]:
+        pieces = rowwise.patches(self._rowwise, {self._owner(site) for site in touched})
+        return [*self._fused, *pieces]
 
     @contextmanager
     def _duals(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from node.forward import attention
+from node.forward import attention, norms
 from node.forward.dual import (
     Dual,
     NoForwardRuleError,
@@ -135,8 +135,9 @@ def _cross_entropy(
 
 @rule("rms_norm")
 def _rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    if eps is None:
-        eps = torch.finfo(x.dtype).eps
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if isinstance(x, Dual) and not isinstance(weight, Dual) and len(shape) == 1:
+        return norms.rms_norm(x, weight, eps)
     dims = tuple(range(-len(shape), 0))
     y: Any = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
     return y if weight is None else y * weight

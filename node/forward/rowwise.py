@@ -9,8 +9,7 @@ of that kind is not read off its name: it is tried once, on three rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from node.forward.dual import Dual
+from node.forward.patching import Patch
 
 SCRATCH = 1 << 20  # numbers of a piece's widest tensor, all tangents counted: 4 MB
 MOST_PIECES = 8  # per tangent and value: a quantised weight is unpacked once for each
@@ -58,24 +58,15 @@ def find(model: nn.Module) -> list[Block]:
     return found
 
 
-@contextmanager
-def in_pieces(blocks: Sequence[Block], trained: Collection[nn.Module]) -> Iterator[None]:
-    """While inside, these blocks take rows with tangents a piece at a time.
+def patches(blocks: Sequence[Block], trained: Collection[nn.Module]) -> list[Patch]:
+    """What to patch while a pass runs: blocks take rows with tangents a piece at a time.
 
     Those of ``trained`` modules make tangents themselves, so they take any rows so.
     """
-    before = [block.module.__dict__.get(block.method) for block in blocks]
-    try:
-        for block in blocks:
-            whole = getattr(block.module, block.method)
-            pieces = _pieces(whole, block.width, block.module in trained)
-            block.module.__dict__[block.method] = pieces
-        yield
-    finally:
-        for block, method in zip(blocks, before, strict=True):
-            del block.module.__dict__[block.method]
-            if method is not None:
-                block.module.__dict__[block.method] = method
+    return [
+        (b.module, b.method, _pieces(getattr(b.module, b.method), b.width, b.module in trained))
+        for b in blocks
+    ]
 
 
 def _pieces(forward: Any, width: int, is_trained: bool) -> Any:
