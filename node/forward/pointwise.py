@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from node.forward.dual import (
     RULES,
@@ -119,30 +118,35 @@ def _mapped(x: Dual, primal: torch.Tensor, slope: torch.Tensor) -> Dual:
     return Dual(stack)
 
 
-def _backward(
-    forward: Callable[..., torch.Tensor], backward: Callable[..., torch.Tensor], of_output: bool
-) -> Callable[..., Dual]:
-    """Where f works element by element its backward pass is its forward derivative too."""
+def _activation(forward: Any, backward: Any, *, of_output: bool) -> Callable[..., Dual]:
+    """Where f works element by element its backward kernel is its forward derivative too.
 
-    def apply(x: Dual, *args: Any, **kwargs: Any) -> Dual:
-        kwargs.pop("inplace", None)
-        primal = forward(x.primal, *args, **kwargs)
+    Both kernels write into the stack: its parts are as large as the model's widest tensors.
+    """
+
+    def apply(x: Dual, *_: Any, approximate: str | None = None, inplace: bool = False) -> Dual:
+        del inplace
+        kwargs = {} if approximate is None else {"approximate": approximate}
         stack = torch.empty_like(x.stack)
-        stack[0] = primal
-        at = primal if of_output else x.primal
-        for k, tangent in enumerate(x.tangents):
-            stack[1 + k] = backward(tangent, at, *args, **kwargs)
+        forward(x.primal, out=stack[0], **kwargs)
+        at = stack[0] if of_output else x.primal
+        for t, out in zip(x.tangents, stack[1:], strict=True):
+            backward(t, at, grad_input=out, **kwargs)
         return Dual(stack)
 
     return apply
 
 
+def _relu_backward(t: torch.Tensor, y: torch.Tensor, *, grad_input: torch.Tensor) -> None:
+    aten.threshold_backward.grad_input(t, y, 0, grad_input=grad_input)
+
+
 RULES |= {
-    "gelu": _backward(functional.gelu, aten.gelu_backward, of_output=False),
-    "silu": _backward(functional.silu, aten.silu_backward, of_output=False),
-    "tanh": _backward(torch.tanh, aten.tanh_backward, of_output=True),
-    "sigmoid": _backward(torch.sigmoid, aten.sigmoid_backward, of_output=True),
-    "relu": _backward(torch.relu, lambda t, y: aten.threshold_backward(t, y, 0), of_output=True),
+    "gelu": _activation(aten.gelu.out, aten.gelu_backward.grad_input, of_output=False),
+    "silu": _activation(aten.silu.out, aten.silu_backward.grad_input, of_output=False),
+    "tanh": _activation(torch.tanh, aten.tanh_backward.grad_input, of_output=True),
+    "sigmoid": _activation(torch.sigmoid, aten.sigmoid_backward.grad_input, of_output=True),
+    "relu": _activation(aten.relu.out, _relu_backward, of_output=True),
 }
 
 _SLOPES: dict[str, tuple[Any, Callable[[Any, Any], Any]]] = {  # f, and f' from x and f(x)
