@@ -5,10 +5,10 @@ With S = scale q k^T + mask, P = softmax(S) by rows and o = P v,
     dS = scale (dq k^T + q dk^T) + dmask
     do = P dv + W v,  W = P * (dS - rowsum(P * dS)).
 
-o itself is the fused kernel's, to the bit what inference computes.  That kernel keeps no P,
-so P is formed again, a block of heads and query rows at a time and once for all directions.
-Two blocks of scores are all that is held: they stay in the processor's cache, and memory
-grows with the length, not with its square.
+P is formed a block of heads and query rows at a time, once for the value and all directions:
+the fused kernel would keep none of it, and be run on top.  Two blocks of scores are all
+that is held: they stay in the processor's cache, and memory grows with the length, not with
+its square.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # a value, and its tangents (K, *value.shape)
 
@@ -121,7 +120,7 @@ def attention(
 
     Raises:
         ValueError: there is a mask beside ``is_causal``, or one that is bool has tangents.
-        RuntimeError: ``scaled_dot_product_attention`` refuses the values.
+        RuntimeError: shapes that do not fit together.
     """
     if mask is not None and (is_causal or (mask[0].dtype == torch.bool and mask[1] is not None)):
         raise ValueError("a mask goes without is_causal, and without tangents if it is bool")
@@ -141,18 +140,7 @@ def attention(
     k = max(0 if tangents is None else len(tangents) for _, tangents in pairs)
     shape = (batch, length, shared, heads // shared, value[0].shape[-1])
     out = query[0].new_empty(1 + k, *shape).permute(0, 1, 3, 4, 2, 5)
-    fused = functional.scaled_dot_product_attention(
-        x.query[0].flatten(1, 2),
-        x.key[0],
-        x.value[0],
-        None if x.mask is None else x.mask[0].flatten(1, 2),
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )
-    out[0] = fused.view(batch, shared, heads // shared, *fused.shape[2:])
-    if k:
-        _differentiate(x, out[1:])
+    _attend(x, out)
     return out.reshape(1 + k, *lead, heads, length, shape[-1])
 
 
@@ -207,18 +195,18 @@ def _cut(size: int, most: int) -> list[slice]:
     return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
-def _differentiate(x: _Inputs, out: torch.Tensor) -> None:
-    """Fill ``out``, (K, B, h, g, Lq, dv), block by block on the same scratch."""
+def _attend(x: _Inputs, out: torch.Tensor) -> None:
+    """Fill ``out``, (1 + K, B, h, g, Lq, dv), block by block on the same scratch."""
     dtype = torch.promote_types(out.dtype, torch.float32)
     blocks = list(_blocks(x))
     size = max(math.prod(block.shape) for block in blocks)
     p, w = (torch.empty(size, dtype=dtype, device=out.device) for _ in range(2))
     for block in blocks:
         part = math.prod(block.shape)
-        _differentiate_block(x, block, p[:part].view(block.shape), w[:part].view(block.shape), out)
+        _attend_block(x, block, p[:part].view(block.shape), w[:part].view(block.shape), out)
 
 
-def _differentiate_block(
+def _attend_block(
     x: _Inputs, block: _Block, p: torch.Tensor, w: torch.Tensor, out: torch.Tensor
 ) -> None:
     """``p`` and ``w``, (n, g * rows, keys), are written over."""
@@ -231,11 +219,14 @@ def _differentiate_block(
     o = p.new_empty(*p.shape[:2], v.shape[2])
     into = block.by_head(o)
     for j in range(len(out)):
-        is_moved = _moved(x, block, j, q, k, p, w)
-        if is_moved:
-            torch.bmm(w, v, out=o)
-        if (dv := x.value[1]) is not None:
-            o.baddbmm_(p, block.of_keys(dv[j], p.dtype), beta=int(is_moved))
+        if j == 0:
+            torch.bmm(p, v, out=o)
+        else:
+            is_moved = _moved(x, block, j - 1, q, k, p, w)
+            if is_moved:
+                torch.bmm(w, v, out=o)
+            if (dv := x.value[1]) is not None:
+                o.baddbmm_(p, block.of_keys(dv[j - 1], p.dtype), beta=int(is_moved))
         if x.dead is not None:  # P is 0/0 there
             into.masked_fill_(block.of_scores(x.dead), 0)
         out[j, block.batches, block.heads, :, block.rows] = into
