@@ -9,7 +9,7 @@ logs, or draws from a global generator; hyperparameters are closed over by the f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -94,12 +94,24 @@ class Assignment:
     num_slots: int = 1
 
 
+@dataclass(slots=True)
+class Memory:
+    """What one client carries from its local run in one round to that in the next.
+
+    It is kept by the node that hosts the client, as long as that runs, and is not sent.
+    ``local`` may read and replace ``value``, and changes nothing else that outlives it.
+    """
+
+    value: Flat | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Which round a local run belongs to, and its part in it."""
+    """Which round a local run belongs to, its part in it, and what its client remembers."""
 
     round: int
     assignment: Assignment
+    memory: Memory = field(default_factory=Memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +144,18 @@ def no_metrics(_: Any) -> Mapping[str, float]:
     return {}
 
 
+def all_of_it(step: Payload, tier: int) -> Payload:
+    """What a node gets of a step where tiers make no difference."""
+    del tier
+    return step
+
+
+def one_tier(client: int) -> int:
+    """The tier of a client where there is one only."""
+    del client
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Method(Generic[S]):
     """A federated method as plain functions.
@@ -147,6 +171,11 @@ class Method(Generic[S]):
         onto: which parameters ``apply`` wants: the previous step's, those that the run
             began with, or none, because the step replaces them.
         metrics: state -> figures of it that are worth a line in each round's record.
+        tiers: how many kinds of clients it tells apart, from 0; a node has the highest of
+            its clients' tiers.
+        view: (step payload, tier) -> what a node of the tier gets of the step; ``apply``
+            of it gives what ``local`` wants for clients of this tier and of lower ones.
+        tier_of: a client's tier.
     """
 
     init: Callable[[Flat], tuple[S, Payload | None]]
@@ -157,6 +186,9 @@ class Method(Generic[S]):
     apply: Callable[[Flat, int, Payload], Flat]
     onto: Literal["previous", "initial", "nothing"]
     metrics: Callable[[S], Mapping[str, float]] = no_metrics
+    tiers: int = 1
+    view: Callable[[Payload, int], Payload] = all_of_it
+    tier_of: Callable[[int], int] = one_tier
 
     @property
     def absolute(self) -> bool:

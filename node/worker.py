@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedalgos import registry
-from fedalgos.method import Assignment, Work
+from fedalgos.method import Assignment, Memory, Work
 from fedalgos.space import ParamSpace, digest
 from node import answers, batches, data, model, task
 from node.engine import Outcome, Setup
@@ -81,6 +81,7 @@ class Worker:
         self._trained = trained
         self._space = ParamSpace.of(trained.infos)
         self._method = registry.build(self.settings, self._space, experiment.run.seed)
+        self._memories = {client: Memory() for client in self._train}  # lost with the process
         self.x: Flat = self._oracle.initial()
         self._initial = self.x if self._method.onto == "initial" else None
         self.version, self._digest, self._is_syncing = 0, digest(self.x), False
@@ -182,7 +183,7 @@ class Worker:
                 yield self._task.batch(tokens, rows)
 
         assignment = Assignment(order.client, order.units, order.lr, order.picks)
-        work = Work(order.round, assignment)
+        work = Work(order.round, assignment, self._memories[order.client])
         with self._phases("train"):
             value, loss = self._method.local(self.x, self._oracle, drawn(), work)
         if not (math.isfinite(loss) and np.isfinite(value.values).all()):
