@@ -5,114 +5,76 @@ the dense weights W.  Clients start from M.W, where M marks the largest |W|, tra
 coordinate, and send the largest entries of D = M.W - w, chosen independently of M.  The
 server steps W along the plain mean of the D, so what M left out stays in W as residual.
 The model that is shared, evaluated and exported is M.W; a step is M.W itself.
+
+With ``tiers`` a client holds and sends the share of its tier; top-k masks nest, so a node
+cuts what it has down to each client's own.  At density 1 it is dense LoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated
-
 import numpy as np
-import numpy.typing as npt
-from msgspec import Meta
 
-from fedalgos.fedavg import train_dense
-from fedalgos.method import (
-    Assignment,
-    Batch,
-    Contribution,
-    Method,
-    Oracle,
-    Settings,
-    Work,
-    everything,
-)
-from fedalgos.optim import Adam, Local, Moments, Server, Sgd, server_step
+from fedalgos.masks import Density, HeadMask, Places, Pool
+from fedalgos.method import Method
 from fedalgos.space import ParamSpace
+from fedalgos.sparse import Rules, SparseSettings, State, engine
 from protocol.payload import Flat, Payload, Sparse
 
-Density = Annotated[float, Meta(gt=0, le=1)]
 
+class Flasc(SparseSettings, frozen=True, kw_only=True, tag="flasc"):
+    """Settings of FLASC; densities are shares of all trained coordinates.
 
-class Flasc(Settings, frozen=True, kw_only=True, tag="flasc"):
-    """Settings of FLASC; densities are shares of all trained coordinates."""
+    ``tiers`` are densities both ways, in place of the two: client c has tier c mod T.
+    """
 
     density_down: Density = 0.25
     density_up: Density = 0.25
-    local: Local = Sgd(lr=1e-3, momentum=0.9)
-    server: Server = Adam(lr=1e-3)
+    head: HeadMask = "inside"
+    tiers: tuple[Density, ...] = ()
+    error_feedback: bool = False
+
+    def __post_init__(self) -> None:
+        if list(self.tiers) != sorted(set(self.tiers)):
+            raise ValueError("tiers have to increase")
+        if self.error_feedback and self.dp is not None:
+            raise ValueError("error_feedback keeps what the accountant of dp cannot see")
 
 
-@dataclass(frozen=True)
-class State:
-    """W: the dense weights, of which clients see M.W; moments: the server optimiser's."""
+def flasc(o: Flasc, space: ParamSpace, secret: bytes | None = None) -> Method[State]:
+    """Build FLASC over a parameter space.
 
-    weights: Flat
-    moments: Moments
+    Raises:
+        ExperimentError: the head is to be outside, and cannot be told.
+    """
+    pool = Pool.of(space, o.head)
+    down = [pool.count(d) for d in o.tiers or (o.density_down,)]
+    up = [pool.count(d) for d in o.tiers or (o.density_up,)]
 
+    def held(x: Flat, round: int, tier: int) -> Places:
+        del round
+        if down[tier] == down[-1]:  # x itself
+            return np.arange(space.size)
+        return pool.largest(x, down[tier])
 
-def top_k(x: Flat, k: int) -> npt.NDArray[np.int64]:
-    """Places of the k largest |x|, increasing; of equals the lower index, on any machine."""
-    order = np.argsort(-np.abs(x), kind="stable")
-    return np.sort(order[:k])
-
-
-def sparsify(x: Flat, k: int) -> Sparse:
-    """The k largest |x| and their places."""
-    places = top_k(x, k)
-    return Sparse(len(x), places, x[places])
-
-
-def flasc(o: Flasc, space: ParamSpace) -> Method[State]:
-    """Build FLASC over a parameter space."""
-    # round, not int: int(0.29 * 100) is 28
-    k_down, k_up = (max(1, round(d * space.size)) for d in (o.density_down, o.density_up))
-
-    def init(x: Flat) -> tuple[State, Payload]:
-        return State(x, Moments()), sparsify(x, k_down)
-
-    def local(
-        x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
-    ) -> tuple[Payload, float]:
-        trained, loss = train_dense(o.local, x, oracle, batches, work)
-        return sparsify(x - trained.values, k_up), loss  # D = M.W - w
-
-    def accepts(assignment: Assignment, payload: Payload) -> str | None:
-        del assignment
-        if not isinstance(payload, Sparse) or payload.size != space.size:
-            return f"want a sparse payload of size {space.size}"
-        if len(payload.places) != k_up:
-            return f"another size: {len(payload.places)} entries, want {k_up}"
-        return None
-
-    def aggregate(
-        s: State, x: Flat, round: int, contributions: Iterable[Contribution]
-    ) -> tuple[State, Payload]:
+    def published(w: Flat, x: Flat, round: int) -> Places:
         del x, round
-        total, n = np.zeros(space.size), 0
-        for c in contributions:
-            assert isinstance(c.payload, Sparse)
-            total[c.payload.places] += c.payload.values
-            n += 1
-        if not n:
-            raise ValueError("aggregate of no updates")
-        delta = (-total / n).astype(np.float32)  # unweighted, as published
-        moments, new = server_step(o.server, s.moments, s.weights, delta)
-        weights = new.astype(np.float32)
-        return State(weights, moments), sparsify(weights, k_down)
+        return pool.largest(w, down[-1])
 
-    def apply(x: Flat, round: int, step: Payload) -> Flat:
-        del x, round
+    def view(step: Payload, tier: int) -> Payload:
         assert isinstance(step, Sparse)
-        return step.dense()
+        if down[tier] == down[-1]:
+            return step
+        x = step.dense()
+        places = pool.largest(x, down[tier])
+        return Sparse(space.size, places, x[places])
 
-    return Method(
-        init=init,
-        plan=everything,
-        local=local,
-        accepts=accepts,
-        aggregate=aggregate,
-        apply=apply,
-        onto="nothing",
+    rules = Rules(
+        held=held,
+        num_sent=lambda round, tier: up[tier],
+        published=published,
+        view=view,
+        tiers=len(down),
+        chosen_from=pool,
+        remembers=o.error_feedback,
     )
+    return engine(o, space, rules, secret)

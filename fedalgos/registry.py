@@ -14,15 +14,39 @@ from fedalgos.fedfgd import FedFGD, fedfgd
 from fedalgos.fedkseed import FedKSeed, fedkseed
 from fedalgos.fedmezo import FedMezo, fedmezo
 from fedalgos.ferret import Ferret, ferret
+from fedalgos.ffalora import FfaLora, ffa_lora
 from fedalgos.flasc import Flasc, flasc
 from fedalgos.fwdllm import FwdLLM, fwdllm
+from fedalgos.hetlora import HetLora, hetlora
 from fedalgos.method import Method
+from fedalgos.pruned import (
+    AdapterLth,
+    FedSelect,
+    SparseAdapter,
+    adapter_lth,
+    fedselect,
+    sparse_adapter,
+)
 from fedalgos.space import ParamSpace
 from fedalgos.spry import Spry, spry
 from protocol.errors import ExperimentError
 
 AnySettings = (
-    FedAvg | FedMezo | FedKSeed | DeComFL | Baffle | Ferret | Spry | FedFGD | FwdLLM | Flasc
+    FedAvg
+    | FedMezo
+    | FedKSeed
+    | DeComFL
+    | Baffle
+    | Ferret
+    | Spry
+    | FedFGD
+    | FwdLLM
+    | Flasc
+    | SparseAdapter
+    | AdapterLth
+    | FedSelect
+    | FfaLora
+    | HetLora
 )
 
 
@@ -39,8 +63,16 @@ def settings(table: Mapping[str, Any]) -> AnySettings:
     return decoded
 
 
-def build(o: AnySettings, space: ParamSpace, seed: int) -> Method[Any]:
-    """The method over a parameter space; ``seed`` is the run's."""
+def build(o: AnySettings, space: ParamSpace, seed: int, secret: bytes | None = None) -> Method[Any]:
+    """The method over a parameter space.
+
+    Args:
+        o: its settings.
+        space: of the parameters.
+        seed: the run's, which everybody knows.
+        secret: what only the coordinator knows; without one a method with ``dp`` serves
+            nodes, and its ``init`` refuses.
+    """
     match o:
         case FedAvg():
             return fedavg(o, space)
@@ -61,4 +93,14 @@ def build(o: AnySettings, space: ParamSpace, seed: int) -> Method[Any]:
         case FwdLLM():
             return fwdllm(o, space, seed)
         case Flasc():
-            return flasc(o, space)
+            return flasc(o, space, secret)
+        case SparseAdapter():
+            return sparse_adapter(o, space, secret)
+        case AdapterLth():
+            return adapter_lth(o, space, secret)
+        case FedSelect():
+            return fedselect(o, space, secret)
+        case FfaLora():
+            return ffa_lora(o, space, secret)
+        case HetLora():
+            return hetlora(o, space)

@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from fedalgos.flasc import Flasc, State, flasc, sparsify, top_k
+from fedalgos.flasc import Flasc, flasc
 from fedalgos.method import Assignment, Work
 from fedalgos.optim import Adam, AdamW, Local, Moments, Sgd, local_steps, server_step
 from fedalgos.space import digest
+from fedalgos.sparse import State
 from protocol.payload import Dense, Flat, Run, Scalars, Sparse
 from tests.oracles import Quadratic, Round, contribution, f32, play, space_of, towards
 
@@ -105,28 +103,6 @@ def test_density_one_equals_dense_to_the_bit() -> None:
         flasc(o, SPACE), dict(enumerate(oracles)), W, 4, batches=lambda c, r: [None] * 2
     )
     assert digest(last.x) == digest(reference(o.local, o.server, oracles, W, 4))
-
-
-# --- top-k -----------------------------------------------------------------------
-
-
-def test_of_equals_the_lower_index_is_taken_whatever_its_sign() -> None:
-    assert top_k(f32(1, -1, 1, -1), 2).tolist() == [0, 1]
-    assert top_k(f32(0, -2, 1, 2, -2), 2).tolist() == [1, 3]
-    assert top_k(f32(0, -0.0, 0), 1).tolist() == [0]
-    assert top_k(np.ones(1000, np.float32), 300).tolist() == list(range(300))
-
-
-@given(
-    hnp.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float)), st.data()
-)
-def test_top_k_is_the_stable_sort_by_magnitude(x: Flat, data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, len(x)))
-    by_hand = sorted(range(len(x)), key=lambda i: (-abs(float(x[i])), i))[:k]
-    sparse = sparsify(x, k)
-    assert sparse.places.tolist() == sorted(by_hand)
-    assert sparse.places.dtype == np.int64
-    assert sparse.dense()[sparse.places].tobytes() == x[sparse.places].tobytes()
 
 
 @pytest.mark.parametrize(

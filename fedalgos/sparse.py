@@ -1,0 +1,240 @@
+"""The engine of the sparse methods: dense weights at the server, masked ones at the clients.
+
+Kuo et al., arXiv:2406.05233, and the baselines that its code has as flags.  The server keeps
+W; what is shared, evaluated and exported is x, which is W at the places published.  A client
+starts from x at its own places, M, trains everything or M alone, and sends D = M.x - w: the
+largest entries of it with their places, or, where it trained M alone, the values at M.
+Which M that was both sides derive from x (``fedalgos.masks``).  The server steps W along the
+plain mean of the D, so what was left out stays in W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedalgos import privacy
+from fedalgos.masks import Places, Pool, restricted
+from fedalgos.method import (
+    Assignment,
+    Batch,
+    Contribution,
+    Memory,
+    Method,
+    Oracle,
+    Settings,
+    Work,
+    all_of_it,
+)
+from fedalgos.optim import Adam, Local, Moments, Server, Sgd, local_steps, server_step
+from fedalgos.privacy import Dp, Sampled
+from fedalgos.space import ParamSpace
+from protocol.errors import ExperimentError
+from protocol.payload import Dense, Flat, Payload, Sparse
+
+
+class SparseSettings(Settings, frozen=True, kw_only=True):
+    """Settings of all sparse methods."""
+
+    local: Local = Sgd(lr=1e-3, momentum=0.9)
+    server: Server = Adam(lr=1e-3)
+    dp: Dp | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """W: the dense weights, of which clients see a part; moments: the server optimiser's.
+
+    ``sampled`` says how many clients were asked, in how many rounds, if it is private.
+    """
+
+    weights: Flat
+    moments: Moments
+    sampled: Sampled = ()
+
+
+def one(x: Flat, places: Places, change: Flat) -> float:
+    """The weight of an update where all count the same."""
+    del x, places, change
+    return 1.0
+
+
+def read_sparse(x: Flat, round: int, step: Payload) -> Flat:
+    """The parameters that a sparse step stands for."""
+    del x, round
+    assert isinstance(step, Sparse)
+    return step.dense()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What tells one method from another.
+
+    Attributes:
+        held: (x, round, tier) -> the places that a client starts from.
+        num_sent: (round, tier) -> how many entries its update has.
+        published: (W, x, round) -> the places of the next x; round 0 is before the first.
+        write, read: the step from W and the places, and parameters from the step.
+        view: of a step, for a tier.
+        chosen_from: what the largest changes are chosen from; None: clients train what they
+            hold alone, and send the values there.
+        trained: ranges that are trained alone, and sent; the others keep their values.
+        is_frozen: the server, too, moves only what clients hold.
+        changes: how many entries an update has changes over the rounds.
+        remembers: what was not sent is added to the client's next change.
+        weight: (x, places, change) -> of an update in the mean.
+        by_owners: a place's mean is over those who hold it, not over all.
+    """
+
+    held: Callable[[Flat, int, int], Places]
+    num_sent: Callable[[int, int], int]
+    published: Callable[[Flat, Flat, int], Places]
+    write: Callable[[Flat, Places], Payload] = lambda w, places: Sparse(len(w), places, w[places])
+    read: Callable[[Flat, int, Payload], Flat] = read_sparse
+    view: Callable[[Payload, int], Payload] = all_of_it
+    tiers: int = 1
+    chosen_from: Pool | None = None
+    trained: tuple[tuple[int, int], ...] = ()
+    is_frozen: bool = False
+    changes: bool = False
+    remembers: bool = False
+    weight: Callable[[Flat, Places, Flat], float] = one
+    by_owners: bool = False
+
+
+def engine(
+    o: SparseSettings, space: ParamSpace, rules: Rules, secret: bytes | None = None
+) -> Method[State]:
+    """Build a sparse method; the coordinator of a private one needs a ``secret``."""
+
+    def tier_of(client: int) -> int:
+        return client % rules.tiers
+
+    def init(x: Flat) -> tuple[State, Payload | None]:
+        if o.dp is not None and o.dp.noise_multiplier and not secret:
+            raise ExperimentError("[method] dp: the coordinator has no secret to draw noise from")
+        first = None if rules.trained else rules.write(x, rules.published(x, x, 0))
+        return State(x, Moments()), first
+
+    def plan(s: State, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
+        del s
+        return tuple(
+            Assignment(
+                client,
+                picks=(rules.num_sent(round, tier_of(client)),) if rules.changes else (),
+                slot=m,
+                num_slots=len(cohort),
+            )
+            for m, client in enumerate(cohort)
+        )
+
+    def local(
+        x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
+    ) -> tuple[Payload, float]:
+        tier = tier_of(work.assignment.client)
+        places = rules.held(x, work.round, tier)
+        start = x if rules.trained else restricted(x, places)
+        mask = None if rules.chosen_from is not None or len(places) == space.size else places
+        trained, loss = train(o.local, start, oracle, batches, rules.trained, mask)
+        change = start - trained  # D = M.x - w
+        if rules.chosen_from is None:
+            return Dense(change[places]), loss
+        if rules.remembers and work.memory.value is not None:
+            change += work.memory.value
+        sent = rules.chosen_from.largest(change, rules.num_sent(work.round, tier))
+        if rules.remembers:
+            remember(work.memory, change, sent)
+        return Sparse(space.size, sent, change[sent]), loss
+
+    def accepts(a: Assignment, payload: Payload) -> str | None:
+        if rules.chosen_from is None:
+            if not isinstance(payload, Dense) or payload.units:
+                return "want a dense payload of what the client trained"
+        elif not isinstance(payload, Sparse) or payload.size != space.size:
+            return f"want a sparse payload of size {space.size}"
+        got, want = len(payload.values), a.picks[0] if a.picks else num_sent(a)
+        return None if got == want else f"another size: {got} entries, want {want}"
+
+    def num_sent(a: Assignment) -> int:
+        return rules.num_sent(1, tier_of(a.client))
+
+    def aggregate(
+        s: State, x: Flat, round: int, contributions: Iterable[Contribution]
+    ) -> tuple[State, Payload]:
+        held = [rules.held(x, round, tier) for tier in range(rules.tiers)]
+        total, weight, num_asked = np.zeros(space.size), 0.0, 0
+        owned = np.zeros(space.size) if rules.by_owners else None
+        for c in contributions:
+            got, places = c.payload.values, held[tier_of(c.assignment.client)]
+            if isinstance(c.payload, Sparse):
+                places = c.payload.places
+            p = rules.weight(x, places, got)
+            total[places] += p * (privacy.clipped(got, o.dp.clip) if o.dp else got.astype(float))
+            if owned is not None:
+                owned[places] += p
+            weight, num_asked = weight + p, max(num_asked, c.assignment.num_slots)
+        if not weight:
+            raise ValueError("aggregate of no updates")
+        sampled = s.sampled
+        if o.dp is not None:
+            touched = held[-1] if rules.chosen_from is None else np.arange(space.size)
+            total[touched] = privacy.noised(o.dp, secret or b"", round, total[touched])
+            sampled = privacy.asked(sampled, num_asked)
+        mean = total / (weight if owned is None else np.where(owned > 0, owned, 1.0))
+        moments, new = server_step(o.server, s.moments, s.weights, (-mean).astype(np.float32))
+        if rules.trained or rules.is_frozen:  # momentum and decay, too, leave the rest alone
+            kept, new = new, s.weights.copy()
+            new[held[-1]] = kept[held[-1]]
+        weights = new.astype(np.float32)
+        step = rules.write(weights, rules.published(weights, x, round))
+        return State(weights, moments, sampled), step
+
+    return Method(
+        init=init,
+        plan=plan,
+        local=local,
+        accepts=accepts,
+        aggregate=aggregate,
+        apply=rules.read,
+        onto="initial" if rules.trained else "nothing",
+        metrics=lambda s: privacy.figures(o.dp, s.sampled),
+        tiers=rules.tiers,
+        view=rules.view,
+        tier_of=tier_of,
+    )
+
+
+def train(
+    optimiser: Local,
+    start: Flat,
+    oracle: Oracle,
+    batches: Iterable[Batch],
+    ranges: Sequence[tuple[int, int]] = (),
+    mask: Places | None = None,
+) -> tuple[Flat, float]:
+    """The parameters after the last step, and the mean loss.
+
+    With ``ranges`` the optimiser sees these alone, so that no decay moves the others.  With
+    a ``mask`` it gets gradients that are zero elsewhere: what starts there at zero stays.
+    """
+    w, losses = oracle.start(start), []
+    cuts = ranges or ((0, len(start)),)
+    step_ = local_steps(optimiser, [w[a:b] for a, b in cuts])  # views
+    marks = None
+    if mask is not None:
+        marks = oracle.array(restricted(np.ones_like(start), mask))
+    for batch in batches:
+        loss, g = oracle.grad(w, batch, ranges) if ranges else oracle.grad(w, batch)
+        losses.append(loss)
+        g = g if marks is None else g * marks
+        step_([g[a:b] for a, b in cuts])
+    return oracle.numpy(w).copy(), float(np.mean(losses))
+
+
+def remember(memory: Memory, change: Flat, sent: Places) -> None:
+    """Keep what was not sent, unless the run has come to nothing."""
+    if np.isfinite(change).all():
+        memory.value = change.copy()
+        memory.value[sent] = 0
