@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -61,6 +61,8 @@ from protocol.messages import (
 from protocol.wire import Frame, RemoteProtocolError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Recorder(Protocol):
@@ -305,7 +307,7 @@ class Server:
     def _assign(self, command: Assign) -> None:
         central, number, attempt = self._central(), command.round, command.attempt
         if self._planned != (number, attempt):
-            self._plan = central.plan(number, command.cohort)
+            self._plan = self._beating(lambda: central.plan(number, command.cohort))
             self._planned = (number, attempt)
             self._recorder.opened(command, self.now())
         for client in sorted(command.clients):
@@ -341,13 +343,13 @@ class Server:
         self._recorder.committed(command, self.now(), central.metrics)
         return Committed(self.now(), command.round)
 
-    def _beating(self, work: Callable[[], None]) -> None:
-        """Do something that may take minutes, a replay, while the nodes hear that we live."""
+    def _beating(self, work: Callable[[], T]) -> T:
+        """Do what may take minutes, a replay or a plan, while the nodes hear that we live."""
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(work)
             while not wait([job], self.settings.experiment.nodes.heartbeat_seconds / 4).done:
                 self.desk.beat()
-            job.result()
+            return job.result()
 
     def _discard(self, command: Discard) -> None:
         self._updates.pop(command.ref, None)

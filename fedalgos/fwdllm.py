@@ -32,7 +32,7 @@ from fedalgos.method import (
     Work,
 )
 from fedalgos.pacing import Gauge, Pacing, Pool, passes, variance
-from fedalgos.replay import Path, alphas, replay
+from fedalgos.replay import alphas
 from fedalgos.space import ParamSpace
 from fedalgos.zeroth import at_one_point, differences, wants_scalars
 from protocol import kernels, noise, picks
@@ -71,7 +71,8 @@ class State:
         next: the first pick that is free.
         pool, gauge, attempts: since the last commit, but for the gauge's memory.
         reference: the last committed gradient, (D,), if candidates are ranked by it.
-        commits, last: how many there were, and the attempts that the last one took.
+        commits: how many there were.
+        last, pooled: the attempts and the contributions that the last one took.
     """
 
     next: int = 0
@@ -81,6 +82,7 @@ class State:
     reference: Flat | None = None
     commits: int = 0
     last: int = 0
+    pooled: int = 0
 
 
 def rate(o: FwdLLM, done: int) -> float:
@@ -101,7 +103,8 @@ def metrics(s: State) -> Mapping[str, float]:
     """The gate's view; a variance that was not measured is absent."""
     seen = {"variance": s.gauge.variance, "smoothed_variance": s.gauge.smoothed}
     known = {name: value for name, value in seen.items() if value is not None}
-    return known | {"pooled": len(s.pool), "commits": s.commits, "last_attempts": s.last}
+    counts = {"pooled": len(s.pool), "commits": s.commits}
+    return known | counts | {"last_attempts": s.last, "last_pooled": s.pooled}
 
 
 def fwdllm(o: FwdLLM, space: ParamSpace, seed: int) -> Method[State]:
@@ -110,9 +113,9 @@ def fwdllm(o: FwdLLM, space: ParamSpace, seed: int) -> Method[State]:
     Raises:
         ExperimentError: the gate's tensor does not exist.
     """
-    if o.gate == "tensor" and o.tensor >= len(space.tensors):
+    if o.gate == "compat" and o.tensor >= len(space.tensors):
         raise ExperimentError(f"[method] tensor {o.tensor} of {len(space.tensors)}")
-    probed = space.offsets[o.tensor : o.tensor + 2] if o.gate == "tensor" else (0, space.size)
+    probed = space.offsets[o.tensor : o.tensor + 2] if o.gate == "compat" else (0, space.size)
 
     def key(pick: int) -> int:
         return noise.key("proposal", seed, pick)
@@ -148,6 +151,12 @@ def fwdllm(o: FwdLLM, space: ParamSpace, seed: int) -> Method[State]:
         g, loss = at_one_point(batches, estimate)
         return Scalars((Run(work.assignment.client, len(z)),), g), loss
 
+    def accepts(assignment: Assignment, payload: Payload) -> str | None:
+        if why := wants_scalars(assignment, payload, assignment.picks[0]):
+            return why
+        # it may wait in the pool for rounds, and there must not spoil all that come after it
+        return "a derivative is beyond 1e15" if np.abs(payload.values).max() > 1e15 else None
+
     def aggregate(
         s: State, x: Flat, round: int, contributions: Iterable[Contribution]
     ) -> tuple[State, Payload]:
@@ -162,7 +171,8 @@ def fwdllm(o: FwdLLM, space: ParamSpace, seed: int) -> Method[State]:
         new = replace(s, next=s.next + size * max(blocks, 0), gauge=gauge)
         if not passes(o, gauge, pool, attempts):
             return replace(new, pool=pool, attempts=attempts), Scalars((), np.zeros(0, np.float32))
-        done = replace(new, pool=Pool.empty(), attempts=0, commits=s.commits + 1, last=attempts)
+        done = replace(new, pool=Pool.empty(), attempts=0, commits=s.commits + 1)
+        done = replace(done, last=attempts, pooled=len(pool))
         if o.keep < 1:
             done = replace(done, reference=gradient(pool))
         return done, Scalars(pool.runs(rate(o, round - 1)), pool.values)
@@ -180,13 +190,15 @@ def fwdllm(o: FwdLLM, space: ParamSpace, seed: int) -> Method[State]:
         keys = [key(pick) for run in step.runs for pick in run.numbers()]
         values = np.split(step.values, np.cumsum([run.count for run in step.runs])[:-1])
         along = [alphas(run.scale, v) for run, v in zip(step.runs, values, strict=True)]
-        return replay(x, (Path(keys, np.concatenate(along)),))
+        move = np.zeros_like(x)  # summed by itself: single terms would round away beside x
+        kernels.add_(move, keys, np.concatenate(along))
+        return x + move
 
     return Method(
         init=lambda x: (State(), None),
         plan=plan,
         local=local,
-        accepts=lambda a, payload: wants_scalars(a, payload, a.picks[0]),
+        accepts=accepts,
         aggregate=aggregate,
         apply=apply,
         onto="previous",

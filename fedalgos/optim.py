@@ -142,13 +142,19 @@ def server_step(o: Server, s: Moments, x: A, delta: A) -> tuple[Moments, A]:
 
 
 def server_gain(o: Server, moments: Iterable[Moments]) -> Mapping[str, float]:
-    """What the first moment is multiplied by, at the median of the second: Adam and Yogi.
+    """How far a steady change of the clients carries: what multiplies it in the end.
 
-    lr / (sqrt(v) + tau) differs by coordinate and changes over the rounds, so the server's
-    rate alone does not say how far a change of the clients carries.  Other optimisers, and
-    any before its first step, have no such figure.
+    Of SGD lr / (1 - momentum).  Of the others, before their first step nothing is known;
+    then lr / (sqrt(v) + tau) differs by coordinate and changes over the rounds, and this is
+    its value at the median of v, over every n-th coordinate of the large.
     """
-    v = [s.v for s in moments if s.v is not None]
-    if not isinstance(o, Adam) or not v:
+    if isinstance(o, Sgd):
+        return {"server_gain": o.lr / (1 - o.momentum)}
+    found = [(s.v, s.steps) for s in moments if s.v is not None]
+    if not found:
         return {}
-    return {"server_gain": o.lr / (float(np.median(np.concatenate(v))) ** 0.5 + o.tau)}
+    v = np.concatenate([v[:: 1 + len(v) // 65536] for v, _ in found])
+    if isinstance(o, AdamW):
+        bias = 1 - o.beta2 ** found[0][1]
+        return {"server_gain": o.lr / (float(np.median(v) / bias) ** 0.5 + o.eps)}
+    return {"server_gain": o.lr / (float(np.median(v)) ** 0.5 + o.tau)}

@@ -46,7 +46,7 @@ class Pacing(Settings, frozen=True, kw_only=True):
         min_attempts, max_attempts: of a commit; 0: as many as it takes.
     """
 
-    gate: Literal["all", "tensor", "none"] = "all"
+    gate: Literal["all", "compat", "none"] = "all"
     threshold: Positive = 0.1
     tensor: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     smoothing: Fraction = 0.5
@@ -168,5 +168,5 @@ def passes(o: Pacing, gauge: Gauge, pool: Pool, attempts: int) -> bool:
         return True
     if attempts < o.min_attempts:
         return False
-    seen = gauge.variance if o.gate == "tensor" else gauge.smoothed
+    seen = gauge.variance if o.gate == "compat" else gauge.smoothed
     return attempts == o.max_attempts or (seen is not None and seen <= o.threshold)

@@ -44,8 +44,9 @@ def best(
         count: how many of them to keep.
         key: from a pick to its direction.
     """
-    dots = kernels.dots(reference, [key(start + i) for i in range(clients * size)])
-    order = np.argsort(-dots.reshape(clients, size), axis=1, kind="stable")[:, :count]
-    picks = np.sort(order, axis=1) + start + size * np.arange(clients)[:, None]
-    found: list[list[int]] = picks.tolist()
+    found: list[list[int]] = []
+    for first in range(start, start + clients * size, size):  # one client's sums in memory
+        dots = kernels.dots(reference, [key(pick) for pick in range(first, first + size)])
+        order = np.argsort(-dots, kind="stable")[:count]
+        found.append((np.sort(order) + first).tolist())
     return found

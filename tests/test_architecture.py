@@ -23,7 +23,7 @@ PURE = sorted(
     for name in (
         *(
             f"protocol/{m}.py"
-            for m in ("wire", "messages", "payload", "noise", "blobs", "places", "values")
+            for m in ("wire", "messages", "payload", "noise", "blobs", "places", "values", "picks")
         ),
         *(f"fedalgos/{p.name}" for p in (ROOT / "fedalgos").glob("*.py")),
         "coordinator/rounds.py",

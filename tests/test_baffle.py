@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from fedalgos.baffle import Baffle, baffle
-from fedalgos.method import Assignment, Method, Work
+from fedalgos.method import Assignment, Batch, Method, Vector, Work
 from fedalgos.space import digest
 from fedalgos.zeroth import Scheme
 from protocol import noise
@@ -142,3 +145,30 @@ def test_anything_but_k_scalars_is_not_accepted() -> None:
     assert accepts(Assignment(0), Scalars((Run(0, 2),), f32(1, 2))) is None
     assert accepts(Assignment(0), Scalars((Run(0, 6),), f32(*range(6)))) is not None
     assert accepts(Assignment(0), Dense(f32(1, 2))) is not None
+
+
+@dataclass(frozen=True)
+class Along(Quadratic):
+    """A loss asked along given directions, in the order of asking."""
+
+    directions: tuple[tuple[float, float], ...] = ()
+
+    def losses(
+        self, x: Vector, direction: noise.Direction, offsets: Sequence[float], batch: Batch
+    ) -> tuple[float, ...]:
+        keys = [noise.key("direction", SEED, 1, -1, 0, k) for k in range(len(self.directions))]
+        z = np.array(self.directions[keys.index(direction.key)])
+        return tuple(self.value(np.asarray(x, np.float64) + s * z, batch) for s in offsets)
+
+
+def test_published_vector_13() -> None:
+    """TV13: g = (1, -2), sigma = 1e-4, K = 3.  The published port gives (0.33333, 0.08333)."""
+    z = ((1.0, 0.25), (-0.5, 2.0), (0.25, -1.0))
+    method = baffle(Baffle(perturbations=3, eps=1e-4, lr=1.0), space_of(2), SEED)
+    oracle = Along(f32(1, -2), directions=z)
+    sent, _ = method.local(f32(0, 0), oracle, [None], Work(1, Assignment(2)))
+    assert sent.values == pytest.approx([0.5, -4.5, 2.25], rel=1e-5)
+    _, step = method.aggregate(None, f32(0, 0), 1, [contribution(sent, client=2)])
+    assert isinstance(step, Scalars)
+    gradient = step.runs[0].scale * step.values @ np.array(z)
+    assert gradient == pytest.approx([1.10417, -3.70833], abs=1e-5)

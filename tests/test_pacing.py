@@ -143,9 +143,9 @@ SEEN = Gauge(variance=0.3, smoothed=0.1, single=1.0)
         ({"threshold": 0.01, "max_attempts": 3}, SEEN, 2, False),
         ({"threshold": 0.01, "max_attempts": 3}, SEEN, 3, True),
         ({"threshold": 0.01, "max_attempts": 0}, SEEN, 10_000, False),
-        ({"threshold": 0.29, "gate": "tensor"}, SEEN, 1, False),
-        ({"threshold": 0.3, "gate": "tensor"}, SEEN, 1, True),
-        ({"threshold": 0.3, "gate": "tensor", "min_attempts": 2}, SEEN, 1, False),
+        ({"threshold": 0.29, "gate": "compat"}, SEEN, 1, False),
+        ({"threshold": 0.3, "gate": "compat"}, SEEN, 1, True),
+        ({"threshold": 0.3, "gate": "compat", "min_attempts": 2}, SEEN, 1, False),
         ({"threshold": 9.0}, Gauge(), 1, False),  # one contribution says nothing
         ({"threshold": 9.0, "max_attempts": 1}, Gauge(), 1, True),
         ({"threshold": 0.01, "gate": "none", "min_attempts": 9}, Gauge(), 1, True),

@@ -448,7 +448,7 @@ def test_replicas_work_out_whose_units_a_step_of_scalars_is_about(make: Make) ->
     assert {u for peer in sizes for (u,) in peer} == {0, 1, 2, 3}
     # each replica has compared its digest with the step's; the last step is still to come
     assert digest(a.x) == digest(b.x) == central._digests[2]
-    assert central.metrics == {}
+    assert central.metrics == {"server_gain": 1.0}
 
 
 def test_the_servers_gain_is_in_the_line_of_each_committed_round(make: Make) -> None:
@@ -810,24 +810,25 @@ def test_what_a_node_that_was_behind_is_sent_stands_beside_the_other_way(make: M
     assert line["steps_seconds"] > 0
 
 
-def test_nodes_hear_beats_while_the_coordinator_replays(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["commit", "plan"])
+def test_nodes_hear_beats_while_the_coordinator_replays_or_plans(
+    make: Make, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A step over all parameters takes longer to apply than a node's patience lasts."""
+    """Either takes longer than a node's patience lasts, for many parameters or directions."""
     run = make(rounds={"count": 1}, nodes={"heartbeat_seconds": 0.1, "patience_seconds": 1e5})
     two_nodes(run)
-    heard, commit = threading.Event(), Central.commit
+    heard, quick = threading.Event(), getattr(Central, name)
 
-    def slow(central: Central, round: int, contributions: Any) -> None:
+    def slow(*args: Any) -> Any:
         before = len(run.net.sent)
         run.net.now += 1.0  # this much work, and then as much as it takes to be heard
         run.net.on_send = lambda peer, frames: heard.set()
         assert heard.wait(30)
         run.net.on_send = run.hear
         assert all(to_node.unpack(frames)[0] == Heartbeat() for _, frames in run.net.sent[before:])
-        commit(central, round, contributions)
+        return quick(*args)
 
-    monkeypatch.setattr(Central, "commit", slow)
+    monkeypatch.setattr(Central, name, slow)
     assert run.finish()["rounds"] == 1
 
 

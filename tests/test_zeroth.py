@@ -274,6 +274,6 @@ def test_what_a_zeroth_order_method_sends_does_not_grow_with_the_model(
     for d in (3, 300):
         method, goal = build(settings(table), space_of(d), 5), towards(np.ones(d, np.float32))
         (only,) = play(method, {0: goal}, np.zeros(d, np.float32), 1)
-        sent, _ = method.local(only.x, goal, [None], Work(2, *method.plan(only.state, 2, [0])))
+        sent, _ = method.local(only.x, goal, [None], Work(2, method.plan(only.state, 2, [0])[0]))
         sizes.add((spec_of(sent).nbytes, spec_of(only.step).nbytes))
     assert len(sizes) == 1
