@@ -184,7 +184,7 @@ def test_one_rank_is_the_same_as_dense_to_the_bit() -> None:
     clients = {0: towards(G1), 1: towards(-W)}
     flasc = Flasc(density_down=1.0, density_up=1.0, **same)
     for mean in ("padded", "owners"):
-        one_rank = HetLora(ranks=(2,), mean=mean, **same)  # type: ignore[arg-type]
+        one_rank = HetLora(ranks=(2,), mean=mean, **same)
         het = rounds(one_rank, 4, PAIR, clients, W)[-1].x
         assert digest(het) == digest(rounds(flasc, 4, PAIR, clients, W)[-1].x)
 
