@@ -16,20 +16,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedalgos import privacy
+from fedalgos.masked import remember, train
 from fedalgos.masks import Places, Pool, restricted
 from fedalgos.method import (
     Assignment,
     Batch,
     Contribution,
-    Memory,
     Method,
     Oracle,
     Settings,
     Work,
     all_of_it,
 )
-from fedalgos.optim import Adam, Local, Moments, Server, Sgd, local_steps, server_step
-from fedalgos.privacy import Dp, Sampled
+from fedalgos.optim import Adam, Local, Moments, Server, Sgd, server_step
+from fedalgos.privacy import Dp, Exact, Sampled
 from fedalgos.space import ParamSpace
 from protocol.errors import ExperimentError
 from protocol.payload import Dense, Flat, Payload, Sparse
@@ -144,9 +144,10 @@ def engine(
         if rules.remembers and work.memory.value is not None:
             change += work.memory.value
         sent = rules.chosen_from.largest(change, rules.num_sent(work.round, tier))
+        payload = Sparse(space.size, sent, change[sent])
         if rules.remembers:
-            remember(work.memory, change, sent)
-        return Sparse(space.size, sent, change[sent]), loss
+            remember(work.memory, change, payload)
+        return payload, loss
 
     def accepts(a: Assignment, payload: Payload) -> str | None:
         if rules.chosen_from is None:
@@ -160,10 +161,10 @@ def engine(
     def num_sent(a: Assignment) -> int:
         return rules.num_sent(1, tier_of(a.client))
 
-    def aggregate(
-        s: State, x: Flat, round: int, contributions: Iterable[Contribution]
-    ) -> tuple[State, Payload]:
-        held = [rules.held(x, round, tier) for tier in range(rules.tiers)]
+    def collect(
+        x: Flat, held: Sequence[Places], contributions: Iterable[Contribution]
+    ) -> tuple[Exact, float | Exact, int]:
+        """The sum of the D, what it is to be divided by, and how many clients were asked."""
         total, weight, num_asked = np.zeros(space.size), 0.0, 0
         owned = np.zeros(space.size) if rules.by_owners else None
         for c in contributions:
@@ -177,16 +178,23 @@ def engine(
             weight, num_asked = weight + p, max(num_asked, c.assignment.num_slots)
         if not weight:
             raise ValueError("aggregate of no updates")
+        return total, weight if owned is None else np.where(owned > 0, owned, 1.0), num_asked
+
+    def aggregate(
+        s: State, x: Flat, round: int, contributions: Iterable[Contribution]
+    ) -> tuple[State, Payload]:
+        held = [rules.held(x, round, tier) for tier in range(rules.tiers)]
+        total, divisor, num_asked = collect(x, held, contributions)
         sampled = s.sampled
         if o.dp is not None:
             touched = held[-1] if rules.chosen_from is None else np.arange(space.size)
             total[touched] = privacy.noised(o.dp, secret or b"", round, total[touched])
             sampled = privacy.asked(sampled, num_asked)
-        mean = total / (weight if owned is None else np.where(owned > 0, owned, 1.0))
-        moments, new = server_step(o.server, s.moments, s.weights, (-mean).astype(np.float32))
+        delta = (-total / divisor).astype(np.float32)
+        moments, new = server_step(o.server, s.moments, s.weights, delta)
         if rules.trained or rules.is_frozen:  # momentum and decay, too, leave the rest alone
-            kept, new = new, s.weights.copy()
-            new[held[-1]] = kept[held[-1]]
+            everywhere, new = new, s.weights.copy()
+            new[held[-1]] = everywhere[held[-1]]
         weights = new.astype(np.float32)
         step = rules.write(weights, rules.published(weights, x, round))
         return State(weights, moments, sampled), step
@@ -204,37 +212,3 @@ def engine(
         view=rules.view,
         tier_of=tier_of,
     )
-
-
-def train(
-    optimiser: Local,
-    start: Flat,
-    oracle: Oracle,
-    batches: Iterable[Batch],
-    ranges: Sequence[tuple[int, int]] = (),
-    mask: Places | None = None,
-) -> tuple[Flat, float]:
-    """The parameters after the last step, and the mean loss.
-
-    With ``ranges`` the optimiser sees these alone, so that no decay moves the others.  With
-    a ``mask`` it gets gradients that are zero elsewhere: what starts there at zero stays.
-    """
-    w, losses = oracle.start(start), []
-    cuts = ranges or ((0, len(start)),)
-    step_ = local_steps(optimiser, [w[a:b] for a, b in cuts])  # views
-    marks = None
-    if mask is not None:
-        marks = oracle.array(restricted(np.ones_like(start), mask))
-    for batch in batches:
-        loss, g = oracle.grad(w, batch, ranges) if ranges else oracle.grad(w, batch)
-        losses.append(loss)
-        g = g if marks is None else g * marks
-        step_([g[a:b] for a, b in cuts])
-    return oracle.numpy(w).copy(), float(np.mean(losses))
-
-
-def remember(memory: Memory, change: Flat, sent: Places) -> None:
-    """Keep what was not sent, unless the run has come to nothing."""
-    if np.isfinite(change).all():
-        memory.value = change.copy()
-        memory.value[sent] = 0
