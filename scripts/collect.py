@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ KEEP = (
 )
 COLUMNS = (
     *("run", "seeds", "loss, before", "after", "{metric} %, before", "after"),
-    *("payload B up, client and round", "down", "message B, all", "seconds"),
+    *(
+        "payload B up, client and round",
+        "down",
+        "message B, all",
+        "MB over inference",
+        "seconds in training",
+    ),
 )
 
 
@@ -82,7 +89,8 @@ def table(entries: list[dict[str, Any]]) -> Iterator[str]:
             _spread([p["payload_up"] for p in per], ",.0f"),
             _spread([p["payload_down"] for p in per], ",.0f"),
             _spread([e["bytes"]["message_up"] + e["bytes"]["message_down"] for e in runs], ",.0f"),
-            _spread([e["seconds"]["total"] for e in runs], ".0f"),
+            _spread([(e["memory_bytes"].get("over_inference") or nan) / 1e6 for e in runs], ".0f"),
+            _spread([e["seconds"]["train"] for e in runs], ".0f"),
         ]
         yield f"| {' | '.join(cells)} |"
 
