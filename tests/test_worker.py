@@ -88,6 +88,19 @@ def test_update_says_what_it_cost_and_comes_out_the_same_again(csv: Path) -> Non
     assert other.data != first.data
 
 
+def test_what_a_client_did_not_send_is_kept_for_it_alone(csv: Path) -> None:
+    def sent(w: Worker, *clients: int) -> list[bytes]:
+        outcomes = [w.run(task(client), None) for client in clients]
+        return [bytes(o.data or b"") for o in outcomes if o is not None]
+
+    def remembering() -> Worker:
+        return worker(csv, "flasc", error_feedback=True, density_up=0.1)
+
+    first, other, second = sent(remembering(), 0, 1, 0)
+    assert first != second  # the same round again, and what the first left
+    assert sent(remembering(), 1) == [other]
+
+
 def test_a_diverged_client_fails_its_task_and_its_costs_do_not_leak(csv: Path) -> None:
     w = worker(csv, local={"kind": "sgd", "lr": 1e6}, steps=30)
     w.ready()
