@@ -145,9 +145,10 @@ def fedkseed(o: FedKSeed, space: ParamSpace, seed: int) -> Method[State]:
 
     def apply(x: Flat, round: int, step: Payload) -> Flat:
         del round
+        size = step.size if isinstance(step, Sparse) else len(step.values)
+        if size != k:  # before memory of that size is taken
+            raise ValueError(f"{size} accumulators for {k} candidates")
         g = step.dense() if isinstance(step, Sparse) else step.values
-        if len(g) != k:
-            raise ValueError(f"{len(g)} accumulators for {k} candidates")
         (touched,) = np.nonzero(g)
         return replay(x, (Path([key(j) for j in touched.tolist()], -g[touched]),))
 

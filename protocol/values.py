@@ -210,4 +210,4 @@ def _num_blocks(count: int) -> int:
 
 def _must(holds: bool, what: str) -> None:
     if not holds:
-        raise RemoteProtocolError(f"a {what} of the values that is not how they are coded")
+        raise RemoteProtocolError(f"the {what} of the values is not as they are coded")

@@ -23,7 +23,10 @@ PURE = sorted(
     for name in (
         *(
             f"protocol/{m}.py"
-            for m in ("wire", "messages", "payload", "noise", "blobs", "places", "values", "picks")
+            for m in (
+                *("wire", "messages", "specs", "payload", "noise", "blobs"),
+                *("places", "values", "picks"),
+            )
         ),
         *(f"fedalgos/{p.name}" for p in (ROOT / "fedalgos").glob("*.py")),
         "coordinator/rounds.py",

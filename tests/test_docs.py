@@ -24,7 +24,7 @@ from fedalgos.registry import AnySettings
 from fedalgos.space import ParamSpace, digest
 from node.packages import PACKAGES
 from node.shapes import SHAPES
-from protocol import errors, experiment, messages, noise, wire
+from protocol import errors, experiment, messages, noise, places, values, wire
 from protocol.errors import SeedwireError
 from protocol.experiment import Experiment
 from protocol.messages import (
@@ -120,6 +120,7 @@ def test_the_noise_page_has_the_name_of_the_stream() -> None:
 
 
 VALUES = np.array([1.0, -2.0, 0.5], np.float32)
+ROUNDING = noise.key("rounding", 1, 2, 3)
 GOLDEN: dict[str, Message | Payload] = {
     "beat": Beat(),
     "hello": Hello(node="pi-1", software="0.1.0", stream=noise.STREAM, clients=(0, 1)),
@@ -127,8 +128,8 @@ GOLDEN: dict[str, Message | Payload] = {
     "task": Task(round=7, attempt=0, client=3, version=6, units=(0, 2)),
     "pull": Pull(blob=1, offset=0, nbytes=524288),
     "scalars": Scalars((Run(3, 2, picks=(7, 2)), Run(5, 1, 0.5)), VALUES),
-    "sparse, bitmap": Sparse(20, np.array([0, 9, 19]), VALUES),
-    "sparse, u32": Sparse(300, np.array([0, 258, 299]), VALUES),
+    "sparse, f32": Sparse(20, np.array([0, 9, 19]), VALUES),
+    "sparse, int8": Sparse.of(1 << 20, np.array([0, 258, 299]), VALUES, "int8", ROUNDING),
     "blocks, f32": Blocks.of(np.array([2, 1]), VALUES, "f32"),
     "blocks, f16": Blocks.of(np.array([2, 1]), VALUES, "f16"),
     "dense": Dense(VALUES, (0, 2)),
@@ -148,6 +149,34 @@ def test_the_golden_bytes_of_the_page_are_what_we_send(name: str) -> None:
     else:
         want = [msgpack.packb(msgspec.to_builtins(spec_of(value))), bytes(encode(value))]
     assert re.findall(r"`((?:[0-9a-f]{2}){8,})`", line) == [data.hex() for data in want]
+
+
+def test_the_golden_bytes_of_every_coding_are_what_we_write() -> None:
+    text = section("protocol.md", "12. Golden bytes")
+    of_values = {name: cell for name, cell in rows(text).items() if name in get_args(values.Coding)}
+    assert of_values == {
+        coding: f"`{values.encode(coding, VALUES, ROUNDING).hex()}`"
+        for coding in get_args(values.Coding)
+    }
+    line = r"^\| `([a-z-]+)` \| (\d+) \| ([\d ]+|none) \| `([0-9a-f]+)` \|$"
+    of_places = re.findall(line, text, re.MULTILINE)
+    assert [name for name, *_ in of_places] == list(places.CODINGS)
+    for name, n, listed, written in of_places:
+        where = np.array([int(i) for i in listed.split() if i != "none"], np.int64)
+        assert places.encode(int(n), where, [name]).hex() == written
+
+
+def test_every_coding_is_described() -> None:
+    described = rows(section("protocol.md", "Codings of values"))
+    assert described.keys() == set(get_args(values.Coding))
+    text = section("protocol.md", "Codings of places")
+    for number, coding in enumerate(places.CODINGS):
+        assert f"\n| {number} | {coding} |" in text
+    for name in ("sparse", "blocks"):
+        kind = next(spec for spec in get_args(Spec) if tag(spec) == name)
+        (field,) = [f for f in msgspec.structs.fields(kind) if f.name == "coding"]
+        cell = rows(section("protocol.md", f"`{name}`"))["coding"]
+        assert set(re.findall(r"`(\w+)`", cell)) == set(get_args(field.type))
 
 
 def test_the_digests_of_the_page_are_ours() -> None:

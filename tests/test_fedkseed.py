@@ -14,7 +14,7 @@ from fedalgos import registry
 from fedalgos.fedkseed import FedKSeed, State, fedkseed, tilt
 from fedalgos.method import Assignment, Contribution, Method, Work
 from fedalgos.space import digest
-from protocol import noise
+from protocol import noise, places
 from protocol.errors import ExperimentError
 from protocol.noise import Doubles
 from protocol.payload import Flat, Payload, Run, Scalars, Sparse, spec_of
@@ -127,12 +127,14 @@ def test_untouched_accumulators_leave_the_start_as_it_is() -> None:
     assert made(k=4).apply(ONES, 1, Scalars((Run(0, 4),), f32(0, 0, -0.0, 0))).tolist() == [1] * D
 
 
-@pytest.mark.parametrize(
-    "step", [Scalars((Run(0, 5),), f32(*[1] * 5)), Sparse(5, np.array([1]), f32(1))]
-)
-def test_accumulators_of_another_pool_are_an_error(step: Payload) -> None:
-    with pytest.raises(ValueError, match="5 accumulators for 4 candidates"):
-        made(k=4).apply(ONES, 1, step)
+@pytest.mark.parametrize("size", [3, 5, 1 << 40])
+def test_accumulators_of_another_pool_are_an_error_and_take_no_memory(size: int) -> None:
+    steps: list[Payload] = [Sparse(size, np.array([1]), f32(1))]
+    if size < 9:
+        steps.append(Scalars((Run(0, size),), f32(*[1] * size)))
+    for step in steps:
+        with pytest.raises(ValueError, match=f"{size} accumulators for 4 candidates"):
+            made(k=4).apply(ONES, 1, step)
 
 
 GOALS = {0: towards(0 * ONES), 4: towards(-2 * ONES), 9: BOWL}
@@ -166,15 +168,25 @@ def test_an_update_is_four_bytes_a_step_and_a_step_never_over_four_a_candidate(s
     sent, _ = method.local(ONES, BOWL, [None] * steps, Work(1, Assignment(0)))
     assert spec_of(sent).nbytes == 4 * steps
     touched = len(set(picks_of(1, 0, steps, k)))
-    assert spec_of(only.step).nbytes == min(4 * k, 4 * touched + min(4 * touched, k // 8))
+    (where,) = np.nonzero(dense(only.step))
+    assert len(where) == touched
+    assert spec_of(only.step).nbytes == min(4 * k, 4 * touched + places.nbytes(k, where)[1])
 
 
 @pytest.mark.parametrize(
     ("k", "touched", "nbytes"),
-    [(64, 61, 4 * 61 + 8), (64, 62, 256), (64, 64, 256), (64, 1, 8), (4096, 4096, 16_384)],
+    [
+        (64, 1, 4 + 2),
+        (64, 61, 4 * 61 + 9),
+        (64, 62, 4 * 64),
+        (58, 56, 4 * 58),
+        (64, 64, 4 * 64),
+        (4096, 4000, 4 * 4000 + 9),
+        (4096, 4096, 4 * 4096),
+    ],
 )
 def test_the_step_is_sparse_only_where_that_is_shorter(k: int, touched: int, nbytes: int) -> None:
-    """62 of 64 with a bitmap of 8 bytes are the 256 of all: a draw goes to all."""
+    """A run takes 9 bytes, or fewer as a bitmap; with 8 of them 56 of 58 are a draw, all go."""
     g = np.zeros(k, np.float32)
     g[:touched] = 1
     method = made(k=k)

@@ -329,15 +329,16 @@ def test_the_uniform_basis_has_the_variance_of_the_papers_truncated_normal_to_or
 # --- the wire -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("coding", "width"), [("f32", 4), ("f16", 2)])
+@pytest.mark.parametrize(("coding", "nbytes"), [("f32", 4 * 14), ("f16", 1 + 2 * 14)])
 def test_an_update_is_two_bytes_a_block_and_two_or_four_a_coefficient(
-    coding: Literal["f32", "f16"], width: int
+    coding: Literal["f32", "f16"], nbytes: int
 ) -> None:
     change = f32(1, 0, 0, 0, -2, 0, 0, 0, 0, 0, 4, 0)
     method = made(projections=8, coding=coding)
     sent = sent_by(method, change)
     _, step = method.aggregate(None, START, 1, [given_by(sent)])
-    assert spec_of(sent).nbytes == spec_of(step).nbytes == 2 * 3 + width * (2 + 4 + 8)
+    assert sent.counts.tolist() == [2, 4, 8]
+    assert spec_of(sent).nbytes == spec_of(step).nbytes == 2 * 3 + nbytes
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e-7, 1.0, 1e9])

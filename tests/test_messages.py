@@ -69,7 +69,13 @@ specs = st.one_of(
             st.builds(Run, clients, st.integers(4, 50), st.floats(-1e30, 1e30), picks=picked)
         ),
     ),
-    st.builds(SparseSpec, size=small, count=small, places=st.sampled_from(["bitmap", "u32"])),
+    st.builds(
+        SparseSpec,
+        size=small,
+        count=small,
+        place_nbytes=small,
+        coding=st.sampled_from(["f32", "int8", "sign"]),
+    ),
     st.builds(DenseSpec, count=small, units=tuples(sizes)),
 )
 # the empty carrier, an inline payload, and a payload to be pulled
@@ -170,7 +176,7 @@ UPDATE = Update(
     costs=(Cost("train", 1.25, rss=1 << 20),),
 )
 TASK = Task(round=7, attempt=0, client=3, version=6, units=(0, 2))
-STEP = Step(version=7, round=7, digest=bytes(range(16)), payload=SparseSpec(64, 2, "bitmap"))
+STEP = Step(version=7, round=7, digest=bytes(range(16)), payload=SparseSpec(64, 2, 9, "int8"))
 PLAIN = {"type": "update", "round": 1, "attempt": 0, "client": 2, "examples": 3, "loss": 0.5}
 
 
@@ -263,8 +269,16 @@ def test_what_is_not_finite_is_refused_with_its_path(
         ({"payload": {"kind": "dense", "count": (1 << 40) + 1}}, "$.payload.count"),
         ({"payload": {"kind": "zip"}}, "$.payload.kind"),
         (
-            {"payload": {"kind": "sparse", "size": 1, "count": 1, "places": "x"}},
-            "$.payload.places",
+            {
+                "payload": {
+                    "kind": "sparse",
+                    "size": 1,
+                    "count": 1,
+                    "place_nbytes": 1,
+                    "coding": "x",
+                }
+            },
+            "$.payload.coding",
         ),
         ({"type": "upgrade"}, "$.type"),
     ],
@@ -390,9 +404,9 @@ STEP_FIELDS = {"version": 1, "round": 1, "digest": bytes(16)}
         ),
         (
             STEP,
-            "85a474797065a473746570a77061796c6f616484a46b696e64a6737061727365a473697a6540a563"
-            "6f756e7402a6706c61636573a66269746d6170a776657273696f6e07a5726f756e6407a664696765"
-            "7374c410000102030405060708090a0b0c0d0e0f",
+            "85a474797065a473746570a77061796c6f616485a46b696e64a6737061727365a473697a6540a563"
+            "6f756e7402ac706c6163655f6e627974657309a6636f64696e67a4696e7438a776657273696f6e07"
+            "a5726f756e6407a6646967657374c410000102030405060708090a0b0c0d0e0f",
         ),
     ],
     ids=["update", "task", "step"],
