@@ -7,7 +7,8 @@ server steps W along the plain mean of the D, so what M left out stays in W as r
 The model that is shared, evaluated and exported is M.W; a step is M.W itself.
 
 With ``tiers`` a client holds and sends the share of its tier; top-k masks nest, so a node
-cuts what it has down to each client's own.  At density 1 it is dense LoRA.
+cuts what it has down to each client's own.  At density 1 it is dense LoRA.  ``coding_down`` and
+``coding_up`` send the values in fewer bits.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from fedalgos.masks import Density, HeadMask, Places, Pool
 from fedalgos.method import Method
 from fedalgos.space import ParamSpace
 from fedalgos.sparse import Rules, SparseSettings, State, engine
+from protocol import noise
 from protocol.payload import Flat, Payload, Sparse
+from protocol.values import Coding
 
 
 class Flasc(SparseSettings, frozen=True, kw_only=True, tag="flasc"):
     """Settings of FLASC; densities are shares of all trained coordinates.
 
     ``tiers`` are densities both ways, in place of the two: client c has tier c mod T.
+    ``coding_down`` and ``coding_up`` are of the values on the wire.
     """
 
     density_down: Density = 0.25
@@ -32,16 +36,21 @@ class Flasc(SparseSettings, frozen=True, kw_only=True, tag="flasc"):
     head: HeadMask = "inside"
     tiers: tuple[Density, ...] = ()
     error_feedback: bool = False
+    coding_down: Coding = "f32"
+    coding_up: Coding = "f32"
 
     def __post_init__(self) -> None:
         if list(self.tiers) != sorted(set(self.tiers)):
             raise ValueError("tiers have to increase")
         if self.error_feedback and self.dp is not None:
             raise ValueError("error_feedback keeps what the accountant of dp cannot see")
+        if self.tiers and self.coding_down not in ("f32", "f16", "bf16"):
+            # the others share a scale, so a value would not be the same without the rest
+            raise ValueError("with tiers coding_down has to be f32, f16 or bf16")
 
 
-def flasc(o: Flasc, space: ParamSpace, secret: bytes | None = None) -> Method[State]:
-    """Build FLASC over a parameter space.
+def flasc(o: Flasc, space: ParamSpace, seed: int, secret: bytes | None = None) -> Method[State]:
+    """Build FLASC over a parameter space; ``seed`` is the run's.
 
     Raises:
         ExperimentError: the head is to be outside, and cannot be told.
@@ -66,7 +75,7 @@ def flasc(o: Flasc, space: ParamSpace, secret: bytes | None = None) -> Method[St
             return step
         x = step.dense()
         places = pool.largest(x, down[tier])
-        return Sparse(space.size, places, x[places])
+        return Sparse(space.size, places, x[places], step.coding)
 
     rules = Rules(
         held=held,
@@ -76,5 +85,8 @@ def flasc(o: Flasc, space: ParamSpace, secret: bytes | None = None) -> Method[St
         tiers=len(down),
         chosen_from=pool,
         remembers=o.error_feedback,
+        coding_down=o.coding_down,
+        coding_up=o.coding_up,
+        key=lambda round, client: noise.key("rounding", seed, round, client),
     )
     return engine(o, space, rules, secret)

@@ -93,7 +93,7 @@ def build(o: AnySettings, space: ParamSpace, seed: int, secret: bytes | None = N
         case FwdLLM():
             return fwdllm(o, space, seed)
         case Flasc():
-            return flasc(o, space, secret)
+            return flasc(o, space, seed, secret)
         case SparseAdapter():
             return sparse_adapter(o, space, secret)
         case AdapterLth():

@@ -5,7 +5,8 @@ W; what is shared, evaluated and exported is x, which is W at the places publish
 starts from x at its own places, M, trains everything or M alone, and sends D = M.x - w: the
 largest entries of it with their places, or, where it trained M alone, the values at M.
 Which M that was both sides derive from x (``fedalgos.masks``).  The server steps W along the
-plain mean of the D, so what was left out stays in W.
+plain mean of the D, so what was left out stays in W.  In a coding of fewer bits x is rounded
+for everybody, W for nobody, and D when it is sent.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from fedalgos.privacy import Dp, Exact, Sampled
 from fedalgos.space import ParamSpace
 from protocol.errors import ExperimentError
 from protocol.payload import Dense, Flat, Payload, Sparse
+from protocol.values import Coding
+
+SERVER = -1  # stands for the client in the keys of what the server rounds
 
 
 class SparseSettings(Settings, frozen=True, kw_only=True):
@@ -63,8 +67,10 @@ def one(x: Flat, places: Places, change: Flat) -> float:
 
 def read_sparse(x: Flat, round: int, step: Payload) -> Flat:
     """The parameters that a sparse step stands for."""
-    del x, round
+    del round
     assert isinstance(step, Sparse)
+    if step.size != len(x):  # before memory of that size is taken
+        raise ValueError(f"a step of size {step.size}, want {len(x)}")
     return step.dense()
 
 
@@ -82,6 +88,8 @@ class Rules:
             hold alone, and send the values there.
         trained: ranges that are trained alone, and sent; the others keep their values.
         is_frozen: the server, too, moves only what clients hold.
+        coding_up, coding_down: of the values of sparse updates and steps.
+        key: (round, client or SERVER) -> of the stream by which they are rounded.
         changes: how many entries an update has changes over the rounds.
         remembers: what was not sent is added to the client's next change.
         weight: (x, places, change) -> of an update in the mean.
@@ -98,6 +106,9 @@ class Rules:
     chosen_from: Pool | None = None
     trained: tuple[tuple[int, int], ...] = ()
     is_frozen: bool = False
+    coding_up: Coding = "f32"
+    coding_down: Coding = "f32"
+    key: Callable[[int, int], int] = lambda round, client: 0
     changes: bool = False
     remembers: bool = False
     weight: Callable[[Flat, Places, Flat], float] = one
@@ -115,8 +126,16 @@ def engine(
     def init(x: Flat) -> tuple[State, Payload | None]:
         if o.dp is not None and o.dp.noise_multiplier and not secret:
             raise ExperimentError("[method] dp: the coordinator has no secret to draw noise from")
-        first = None if rules.trained else rules.write(x, rules.published(x, x, 0))
+        first = None if rules.trained else written(x, x, 0)
         return State(x, Moments()), first
+
+    def written(w: Flat, x: Flat, round: int) -> Payload:
+        """The step from W, as everybody will have it."""
+        step = rules.write(w, rules.published(w, x, round))
+        if not isinstance(step, Sparse):
+            return step
+        key = rules.key(round, SERVER)
+        return Sparse.of(space.size, step.places, step.values, rules.coding_down, key)
 
     def plan(s: State, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
         del s
@@ -144,7 +163,8 @@ def engine(
         if rules.remembers and work.memory.value is not None:
             change += work.memory.value
         sent = rules.chosen_from.largest(change, rules.num_sent(work.round, tier))
-        payload = Sparse(space.size, sent, change[sent])
+        key = rules.key(work.round, work.assignment.client)
+        payload = Sparse.of(space.size, sent, change[sent], rules.coding_up, key)
         if rules.remembers:
             remember(work.memory, change, payload)
         return payload, loss
@@ -155,6 +175,8 @@ def engine(
                 return "want a dense payload of what the client trained"
         elif not isinstance(payload, Sparse) or payload.size != space.size:
             return f"want a sparse payload of size {space.size}"
+        elif payload.coding != rules.coding_up:
+            return f"want {rules.coding_up} values"
         got, want = len(payload.values), a.picks[0] if a.picks else num_sent(a)
         return None if got == want else f"another size: {got} entries, want {want}"
 
@@ -196,8 +218,7 @@ def engine(
             everywhere, new = new, s.weights.copy()
             new[held[-1]] = everywhere[held[-1]]
         weights = new.astype(np.float32)
-        step = rules.write(weights, rules.published(weights, x, round))
-        return State(weights, moments, sampled), step
+        return State(weights, moments, sampled), written(weights, x, round)
 
     return Method(
         init=init,

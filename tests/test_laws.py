@@ -174,6 +174,12 @@ ROWS: dict[str, Row] = {
         )
     ),
     "flasc, a quarter": row(Flasc(steps=STEPS, local=Sgd(lr=0.1), server=Sgd(lr=0.5))),
+    "flasc, 16 bits": row(sparse(Flasc, coding_down="f16", coding_up="bf16")),
+    "flasc, 8 bits": row(  # of few values, rounding up or down may come out alike
+        sparse(Flasc, density_down=1.0, density_up=1.0, coding_down="int8", coding_up="int8")
+    ),
+    "flasc, 8 bits up, error feedback": row(sparse(Flasc, coding_up="int8", error_feedback=True)),
+    "flasc, 16 bits, tiers": row(sparse(Flasc, tiers=(0.25, 1.0), coding_down="f16")),
     "flasc, tiers": row(sparse(Flasc, tiers=(0.25, 1.0))),
     "flasc, error feedback, head outside": row(
         sparse(Flasc, density_down=0.5, density_up=0.1, error_feedback=True, head="outside"), HEADED
@@ -192,6 +198,7 @@ ROWS: dict[str, Row] = {
 }
 MASKED = ("flasc", "sparse-adapter", "adapter-lth", "fedselect", "hetlora")
 DRAWS = {name for name in ROWS if not name.startswith(("fedavg", "ffa-lora", *MASKED))}
+DRAWS |= {name for name in ROWS if name.startswith("flasc, 8 bits")}  # what to round up
 WHOLE = ("fedavg", "fedmezo, weights", "fedfgd", *MASKED)
 PARTS = {"fedfgd, scalars"} | {name for name in ROWS if name.startswith("fedavg, split")}
 ABSOLUTE = {name for name in ROWS if name.startswith(WHOLE)} - PARTS
