@@ -69,10 +69,11 @@ def settings(method: str, batch: int) -> tuple[Any, Compute]:
         ExperimentError: there is no such method.
     """
     name, compute = method, {"checkpointing": False, "micro_batch": 0}
-    if name.endswith(MICRO):
-        name, compute["micro_batch"] = name.removesuffix(MICRO), 1
-    if name.endswith(CHECKPOINTED):
-        name, compute["checkpointing"] = name.removesuffix(CHECKPOINTED), True
+    while name.endswith((MICRO, CHECKPOINTED)):
+        if name.endswith(MICRO):
+            name, compute["micro_batch"] = name.removesuffix(MICRO), 1
+        else:
+            name, compute["checkpointing"] = name.removesuffix(CHECKPOINTED), True
     table = {"name": name, "batch_size": batch, "steps": 1}
     return registry.settings(table), msgspec.convert(compute, Compute)
 
@@ -122,7 +123,8 @@ def run(order: Order) -> Needs:
     oracle = TorchOracle(trained, work, compute)
     ids = np.arange(order.batch * order.length, dtype=np.int32) % 200 + 4  # any, but special ones
     starts = np.arange(order.batch + 1, dtype=np.int64) * order.length
-    labels = np.zeros(order.batch, np.int64)  # a class, or where the answer begins
+    # a class, or where the answer begins: all but the first token is scored
+    labels = np.full(order.batch, int(order.task == "causal"), np.int64)
     batch = work.batch(Tokens(ids, starts, labels), range(order.batch))
     space, x = ParamSpace.of(trained.infos), oracle.initial()
     method = registry.build(wanted, space, 0)
@@ -133,7 +135,7 @@ def run(order: Order) -> Needs:
         weights = {t.data_ptr(): t.nbytes for t in _tensors(trained.model)}
     oracle.load(x)
     with phases("inference"), torch.no_grad():  # of the whole batch, micro-batches or not
-        work.loss(batch)
+        float(work.loss(batch))  # a CUDA device works on after the call
     with phases("train"):
         method.local(x, oracle, [batch], Work(1, assignment))
     load, inference, step = phases.take()

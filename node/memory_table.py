@@ -39,6 +39,8 @@ def compare(
         msgspec.convert({"id": "none", "task": how["task"]}, Data)
     except msgspec.ValidationError as error:
         raise ExperimentError(str(error)) from error
+    if peft["kind"] == "full" and model["dtype"] != "fp32":
+        raise ExperimentError(f"all parameters cannot be trained in {model['dtype']}: take fp32")
     for method in methods:
         settings(method, how["batch"])
     table = Table(title=f"{model['id']}, {model['dtype']}, {how['batch']} x {how['length']} tokens")

@@ -85,7 +85,10 @@ class Dual(torch.Tensor):
                 return func(*args, **kwargs)
         rule = RULES.get(name)
         if rule is not None:
-            return rule(*args, **kwargs)
+            try:
+                return rule(*args, **kwargs)
+            except TypeError:  # a form of its arguments that the rule does not know
+                return differentiated(func, args, kwargs)
         if name.endswith("_") and not name.endswith("__"):
             return _in_place(name, args, kwargs)
         return differentiated(func, args, kwargs)
@@ -172,13 +175,16 @@ def differentiated(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _stacked(primal: Any, *slopes: Any) -> Any:
-    if not isinstance(primal, torch.Tensor) or not primal.is_floating_point():
+    is_smooth = isinstance(primal, torch.Tensor) and (
+        primal.is_floating_point() or primal.is_complex()
+    )
+    if not is_smooth:
         return primal  # an index, a comparison: constant but for a set of measure zero
     return Dual(torch.stack([primal, *slopes]))
 
 
 def _in_place(name: str, args: Sequence[Any], kwargs: Any) -> Any:
-    """``x.name_(...)`` through ``x.name(...)``; a plain x is refused: others may hold it."""
+    """``x.name_(...)`` through ``x.name(...)``; a plain x cannot hold what comes of it."""
     x, out_of_place = args[0], getattr(torch.Tensor, name[:-1], None)
     if name == "copy_":
         result = args[1].expand(x.shape).to(x.dtype)
@@ -188,7 +194,10 @@ def _in_place(name: str, args: Sequence[Any], kwargs: Any) -> Any:
         result = out_of_place(*args, **kwargs)
     if not isinstance(x, Dual):
         if name in ("add_", "sub_", "mul_", "div_"):
-            return result  # the operators x += y: the name is bound to what they return
+            # The operators x += y bind the name to what they return.  Whoever reads the old
+            # tensor all the same, by another name, must not take it for the new one.
+            x.fill_(torch.nan)
+            return result
         raise NoForwardRuleError(name, "writes tangents into a tensor without any")
     x.stack.copy_(lifted(result, len(x.stack) - 1))
     return x

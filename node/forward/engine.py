@@ -56,11 +56,12 @@ class Forward:
         except NoForwardRuleError as error:
             where = self._module_of(error)
             raise ModelError(f"no forward mode through {where}: {error}") from error
-        except (RuntimeError, ValueError) as error:
-            if not sites.reads_elsewhere(error):
-                raise
-            why = "the model reads a trained tensor outside of the module that owns it"
-            raise ModelError(f"forward mode: {why}: {error}") from error
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            if sites.reads_elsewhere(error):
+                why = "the model reads a trained tensor outside of the module that owns it"
+                raise ModelError(f"forward mode: {why}: {error}") from error
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ModelError(f"forward mode in {self._module_of(error)}: {why}") from error
         if not isinstance(out, Dual):
             return float(out), [0.0] * len(directions)
         loss, *slopes = out.stack.tolist()
@@ -90,7 +91,7 @@ class Forward:
         """What has to be at work for the site's duals to be there."""
         return self._owners.get(site.module, site.module)
 
-    def _module_of(self, error: NoForwardRuleError) -> str:
+    def _module_of(self, error: Exception) -> str:
         """The innermost module at work when the error was raised, and what it is."""
         paths = {id(module): path for path, module in self._model.named_modules()}
         found, trace = "the model", error.__traceback__

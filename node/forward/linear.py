@@ -128,9 +128,12 @@ def _stack(tensors: Sequence[Any], dim: int = 0) -> Dual:
 
 
 def _over_the_stack(name: str) -> Callable[..., Dual]:
-    def apply(x: Dual, *args: Any, **kwargs: Any) -> Dual:
+    def apply(x: Any, *args: Any, **kwargs: Any) -> Any:
         args = tuple(arg.stack if isinstance(arg, Dual) else arg for arg in args)
-        return Dual(getattr(x.stack, name)(*args, **kwargs))
+        if not isinstance(x, Dual):  # as in x.type_as(dual)
+            return getattr(x, name)(*args, **kwargs)
+        out = getattr(x.stack, name)(*args, **kwargs)
+        return Dual(out) if out.is_floating_point() else out[0]
 
     return apply
 
@@ -145,8 +148,14 @@ _COPIES: tuple[str, ...] = (
     "contiguous",
     "clone",
 )
-_COPIES += ("detach", "cpu", "cuda", "neg", "negative", "__neg__", "__pos__")
+_COPIES += ("cpu", "cuda", "neg", "negative", "__neg__", "__pos__")
 RULES.update({name: _over_the_stack(name) for name in _COPIES})
+
+
+@rule("detach")
+def _detach(x: Dual) -> torch.Tensor:
+    """Who asks for this wants no derivative through it."""
+    return x.primal
 
 
 def _by_slice(name: str) -> Callable[..., Dual]:
@@ -206,6 +215,8 @@ def _masked_fill(x: Dual, mask: torch.Tensor, fill: Any) -> Any:
 @rule("where")
 def where(mask: torch.Tensor, a: Any, b: Any) -> Any:
     """Elements of a where the mask is set, of b elsewhere; either may be plain."""
+    if isinstance(mask, Dual) or mask.dtype != torch.bool:  # a.where(mask, b)
+        mask, a = a, mask
     broadcast: Any = torch.broadcast_shapes
     k, shape = num_directions((a, b)), broadcast(*map(_shape, (mask, a, b)))
     like = a if isinstance(a, Dual) else b
@@ -274,9 +285,11 @@ def _rmatmul(b: Any, a: Any) -> Any:
     return matmul(a, b)
 
 
-@rule("addmm", "baddbmm", "addbmm")
+@rule("addmm", "baddbmm")
 def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     product = matmul(a, b) if isinstance(a, Dual) or isinstance(b, Dual) else torch.matmul(a, b)
+    if beta == 0:  # then the bias may be anything, NaN too
+        return product * alpha
     return product * alpha + bias * beta if (alpha, beta) != (1, 1) else product + bias
 
 

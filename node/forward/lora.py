@@ -30,6 +30,7 @@ def _is_plain(module: nn.Module) -> bool:
     layer: Any = module
     return (
         type(module) is lora.Linear
+        and "forward" not in vars(module)  # an output head's is the task's
         and list(layer.active_adapters) == list(layer.lora_A)
         and len(layer.lora_A) == 1
         and not (layer.lora_variant or layer.merged or layer.disable_adapters)

@@ -199,9 +199,28 @@ _STEPS: tuple[str, ...] = (
     "__gt__",
 )
 _STEPS += ("__ge__", "argmax", "argmin", "argsort", "isnan", "isinf", "isfinite", "sign", "any")
-_STEPS += ("all", "ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "allclose")
-_STEPS += ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "equal", "nonzero")
+_STEPS += ("all", "allclose", "equal", "nonzero")
 RULES |= {name: _plain(name) for name in _STEPS}
+
+
+def _fresh(name: str) -> Callable[..., Any]:
+    """A new tensor made like a dual: one too, since tangents may be written into it."""
+    f = getattr(torch, name, None) or getattr(torch.Tensor, name)
+
+    def apply(x: Any, *args: Any, **kwargs: Any) -> Any:
+        out = f(primal_of(x), *args, **kwargs)
+        if not isinstance(x, Dual) or not out.is_floating_point():
+            return out
+        stack = out.new_zeros((len(x.stack), *out.shape))
+        stack[0] = out
+        return Dual(stack)
+
+    return apply
+
+
+_FRESH: tuple[str, ...] = ("ones_like", "zeros_like", "empty_like", "full_like", "new_zeros")
+_FRESH += ("new_ones", "new_empty", "new_full")
+RULES |= {name: _fresh(name) for name in _FRESH}
 
 
 @rule("item", "tolist", "numpy", "__float__", "__int__", "__array__")
