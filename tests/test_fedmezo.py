@@ -215,9 +215,21 @@ def test_the_rounds_number_is_part_of_the_direction() -> None:
         (2, Scalars((Run(3, 2),), f32(1, 2)), None),
         (0, Scalars((Run(3, 9),), f32(*range(9))), None),  # one pass: as many as there were
         (2, Scalars((Run(3, 1),), f32(1)), "another size: 1 scalars, want 2"),
-        (2, Scalars((Run(4, 2),), f32(1, 2)), "a run of another client, scale or weight"),
-        (2, Scalars((Run(3, 2, 0.5),), f32(1, 2)), "a run of another client, scale or weight"),
-        (2, Scalars((Run(3, 2, 1.0, 9.0),), f32(1, 2)), "a run of another client, scale or weight"),
+        (
+            2,
+            Scalars((Run(4, 2),), f32(1, 2)),
+            "a run of another client, scale or weight, or with picks",
+        ),
+        (
+            2,
+            Scalars((Run(3, 2, 0.5),), f32(1, 2)),
+            "a run of another client, scale or weight, or with picks",
+        ),
+        (
+            2,
+            Scalars((Run(3, 2, 1.0, 9.0),), f32(1, 2)),
+            "a run of another client, scale or weight, or with picks",
+        ),
         (2, Scalars((Run(3, 1), Run(3, 1)), f32(1, 2)), "want one run of scalars"),
         (2, Scalars((), f32()), "want one run of scalars"),
         (2, Dense(ONES), "want one run of scalars"),
