@@ -19,11 +19,11 @@ from typing import Any
 
 import msgspec
 
-from coordinator import rounds
+from coordinator.cohort import waited_for
 from coordinator.record import RunRecorder
 from coordinator.roster import Member
-from coordinator.rounds import Evaluating, Gathering, Training
 from coordinator.server import Server
+from coordinator.state import Evaluating, Finished, Gathering, Policy, State, Training
 from protocol.tcp import Traffic
 
 LIVE_VERSION = 1
@@ -80,12 +80,12 @@ class Live:
             "nodes": self._nodes(),
         }
 
-    def _phase(self, state: rounds.State, policy: rounds.Policy) -> dict[str, Any]:
+    def _phase(self, state: State, policy: Policy) -> dict[str, Any]:
         """Who or what is waited for, and since and until when."""
         now = self._server.now()
         match state.phase:
             case Training(opened_at=opened, closes_at=closes) as phase:
-                waiting = sorted(rounds.waited_for(state, phase, policy, now))
+                waiting = sorted(waited_for(state, phase, policy, now))
                 return {
                     "seconds": now - opened,
                     "deadline_seconds": closes - opened,
@@ -98,12 +98,12 @@ class Live:
                 return {"seconds": now - since, "lacks": self._lacks(state, policy)}
             case Evaluating():
                 return {}
-            case rounds.Finished(reason=reason):
+            case Finished(reason=reason):
                 return {"reason": reason, "ended": state.ended}
             case _:
                 return {}
 
-    def _lacks(self, state: rounds.State, policy: rounds.Policy) -> str:
+    def _lacks(self, state: State, policy: Policy) -> str:
         """What keeps the next round from opening."""
         loading = [m.name for m in self._server.desk.roster if m.trains and m.version is None]
         if not state.evaluator:

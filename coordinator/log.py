@@ -18,6 +18,7 @@ from coordinator import eventlog, rounds
 from coordinator import events as kinds
 from coordinator.live import spans
 from coordinator.run import policy
+from coordinator.state import State
 from protocol import experiment as experiments
 from protocol.errors import ExperimentError
 
@@ -44,7 +45,7 @@ def read(directory: Path) -> list[kinds.Event]:
 def tell(directory: Path) -> Story:
     """(seconds on the run's clock, sentence), in order."""
     plan = policy(experiments.load(directory / "experiment.toml", ()))
-    state = rounds.State()
+    state = State()
     for event in read(directory):
         if (said := _event(event)) is not None:
             yield event.now, said

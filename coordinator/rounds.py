@@ -6,19 +6,19 @@
       +------------- Evaluating <---------------- evaluation due ----------------+
 
 Rule 1: every transition lives in this file.  Rule 2: this file imports no clock,
-socket or logger; time arrives as ``event.now`` and leaves through ``wake_at``.
-Rule 3: tensors never enter; events carry a ``ref`` to a stored update.  The shell
-(``coordinator/server.py``) turns frames into events and runs commands.
+socket or logger; time arrives as ``event.now`` and leaves through ``cohort.wake_at``.
+Rule 3: tensors never enter; events carry a ``ref`` to a stored update.  What the machine
+knows is ``state``; the shell (``server``) turns frames into events and runs commands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import replace
 
 from coordinator.budget import unseen, used_up
-from coordinator.deadline import Deadline, remember, times
+from coordinator.cohort import absence, draw, task_times, waited_for
+from coordinator.deadline import remember
 from coordinator.events import (
     Abandon,
     Assign,
@@ -33,180 +33,26 @@ from coordinator.events import (
     EvaluatorReady,
     Event,
     Finish,
-    Node,
     NodeLost,
     NodeReady,
-    Place,
     Resumed,
     Scored,
     TaskFailed,
     UpdateArrived,
 )
-from fedalgos.limits import Limit
-from protocol import noise
-from protocol.experiment import Budget
+from coordinator.state import (
+    Committing,
+    Evaluating,
+    Finished,
+    Gathering,
+    Policy,
+    State,
+    Training,
+)
 
-UNLIMITED = Budget()
 MAX_DRAWS = 1000  # cohorts tried at once for one that can be reached
 
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The numbers of an experiment that the machine needs, all resolved."""
-
-    clients: int  # in the experiment: 0 to clients - 1
-    start_clients: int  # hosted before round 1 opens
-    cohort: int  # asked per round
-    target: int  # updates that close a round early, quorum <= target <= cohort
-    quorum: int  # updates without which nothing is committed, at least 1
-    rounds: int
-    evaluate_every: int
-    deadline_seconds: float
-    return_seconds: float  # how long a lost node is waited for
-    seed: int
-    max_attempts: int = 10  # failed attempts at one round before the run gives up
-    deadline_mads: float | None = None  # of an adaptive deadline, see ``coordinator.deadline``
-    least_seconds: float = 0.0  # that it leaves
-    max_staleness: int = 0  # rounds that an update may be late, and still count; 0: none may
-    budget: Budget = UNLIMITED  # the last round is the one that uses it up
-
-    @property
-    def deadline(self) -> Deadline:
-        return Deadline(self.deadline_seconds, self.least_seconds, self.deadline_mads)
-
-
-# --- state -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Gathering:
-    """Waiting for nodes, or for the evaluator, since a time."""
-
-    since: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    cohort: tuple[Client, ...]
-    opened_at: float
-    closes_at: float
-    refs: Mapping[Client, str] = field(default_factory=dict)  # never mutated
-    failed: Mapping[Client, str] = field(default_factory=dict)
-    arrived: Mapping[Client, float] = field(default_factory=dict)  # when each of the refs came
-    stale: Mapping[Client, int] = field(default_factory=dict)  # rounds that a ref is late
-    limits: Mapping[Client, Limit] = field(default_factory=dict)  # that it is planned within
-
-
-@dataclass(frozen=True, slots=True)
-class Committing:
-    """The shell was told, and has not said how it went; after a restart it is told again."""
-
-    commit: Commit
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluating:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    reason: str | None = None
-
-
-Phase = Gathering | Training | Committing | Evaluating | Finished
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """``round`` counts committed rounds, so the open one is ``round + 1``."""
-
-    members: Mapping[Node, tuple[Client, ...]] = field(default_factory=dict)
-    lost: Mapping[Client, tuple[float, str]] = field(default_factory=dict)  # when and why
-    evaluator: bool = False
-    round: int = 0
-    attempt: int = 0
-    failures: int = 0  # attempts at this round that were opened and abandoned
-    scored: int = -1  # the last round that was evaluated
-    seen: tuple[float, ...] = ()  # what tasks of committed rounds took, the newest
-    out: Mapping[Client, Place] = field(default_factory=dict)  # earlier tasks that may still count
-    early: Mapping[Client, tuple[int, str]] = field(default_factory=dict)  # what came of those
-    # between rounds: the task's round and the ref; it counts in the next round
-    limits: Mapping[Client, Limit] = field(default_factory=dict)  # as of its node's last login
-    ended: str | None = None  # why no further round is opened, though there should be more
-    phase: Phase = Gathering()
-
-    @property
-    def hosted(self) -> frozenset[Client]:
-        """Clients whose node is ready."""
-        return frozenset(client for clients in self.members.values() for client in clients)
-
-    def is_last(self, policy: Policy) -> bool:
-        """Whether no further round is opened."""
-        return self.round == policy.rounds or self.ended is not None
-
-
 Outcome = tuple[State, Sequence[Command]]
-
-
-def draw(
-    policy: Policy,
-    round: int,
-    attempt: int,
-    busy: Collection[Client] = (),
-    places: int | None = None,
-) -> tuple[Client, ...]:
-    """The cohort: a function of (seed, round, attempt), whoever is online.
-
-    Where late updates count, those who are busy with an earlier task are passed over, and
-    only ``places`` are free.
-    """
-    key = noise.key("cohort", policy.seed, round, attempt)
-    order = noise.permutation(key, policy.clients)
-    places = policy.cohort if places is None else places
-    if not busy:
-        return tuple(int(c) for c in order[:places])
-    return tuple(islice((int(c) for c in order if c not in busy), places))
-
-
-def waited_for(state: State, phase: Training, policy: Policy, now: float) -> list[Client]:
-    """Clients of the open round that may still answer."""
-    hosted = state.hosted
-    return [
-        client
-        for client in dict.fromkeys((*phase.cohort, *state.out))
-        if client not in phase.refs
-        and client not in phase.failed
-        and (client in hosted or now < _gone_at(state, client, policy))
-    ]
-
-
-def held(state: State) -> frozenset[str]:
-    """Refs of the updates that are still to be aggregated or discarded."""
-    early = frozenset(ref for _, ref in state.early.values())
-    match state.phase:
-        case Training(refs=refs):
-            return early.union(refs.values())
-        case Committing(commit):
-            return early.union(ref for _, ref in commit.refs)
-        case _:
-            return early
-
-
-def wake_at(state: State, policy: Policy, after: float) -> float | None:
-    """When a Tick is next due for an open round to close; otherwise now and then will do.
-
-    ``after`` is when the last event was: what was due by then has been done.
-    """
-    match state.phase:
-        case Training() as phase:
-            hosted = state.hosted
-            asked = (*phase.cohort, *state.out)
-            away = [c for c in asked if c not in hosted and c in state.lost]
-            gone = [_gone_at(state, c, policy) for c in away if c not in phase.refs]
-            return min([phase.closes_at, *(at for at in gone if at > after)])
-        case _:
-            return None
 
 
 def step(state: State, event: Event, policy: Policy) -> Outcome:
@@ -403,7 +249,7 @@ def _close(state: State, phase: Training, now: float, policy: Policy) -> Outcome
         return state, []
     carried = dict.fromkeys(pending, "still training") if policy.max_staleness else {}
     missing = tuple(
-        (c, phase.failed.get(c) or carried.get(c) or _absence(state, c))
+        (c, phase.failed.get(c) or carried.get(c) or absence(state, c))
         for c in phase.cohort
         if c not in phase.refs
     )
@@ -413,7 +259,7 @@ def _close(state: State, phase: Training, now: float, policy: Policy) -> Outcome
         stale = tuple(sorted(phase.stale.items()))
         commit = Commit(number, state.attempt, phase.cohort, refs, missing, stale)
         state = replace(
-            state, seen=remember(state.seen, _times(state, phase, now if late else None))
+            state, seen=remember(state.seen, task_times(state, phase, now if late else None))
         )
         return replace(state, phase=Committing(commit)), [commit]
     what = "at the deadline" if late else "and nobody left to wait for"
@@ -423,20 +269,6 @@ def _close(state: State, phase: Training, now: float, policy: Policy) -> Outcome
         kept = {c: (number - phase.stale.get(c, 0), ref) for c, ref in refs}
         state, refs = replace(state, early=kept), ()
     return _abandon(state, refs, reason, now, policy)
-
-
-def _times(state: State, phase: Training, cut_at: float | None) -> list[float]:
-    """What the tasks of a round took, node by node; of one that is gone nothing is known."""
-    return [
-        seconds
-        for _, clients in sorted(state.members.items())
-        for seconds in times(
-            [c for c in clients if c in phase.cohort and c not in phase.failed],
-            phase.arrived,
-            phase.opened_at,
-            cut_at,
-        )
-    ]
 
 
 def _abandon(
@@ -487,18 +319,6 @@ def _evaluating(state: State, event: Event, policy: Policy) -> Outcome:
     if isinstance(event, EvaluatorReady):  # a new one: the old one's answer is lost
         return state, [Evaluate(state.round, state.is_last(policy))]
     return _between(state, event, "no round is open")
-
-
-def _gone_at(state: State, client: Client, policy: Policy) -> float:
-    """When a client that is not hosted stops being waited for."""
-    lost = state.lost.get(client)
-    return lost[0] + policy.return_seconds if lost else float("-inf")
-
-
-def _absence(state: State, client: Client) -> str:
-    if client in state.lost:
-        return state.lost[client][1]
-    return "no answer" if client in state.hosted else "no node hosts it"
 
 
 def _reject(event: Event, reason: str) -> Sequence[Command]:

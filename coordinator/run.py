@@ -21,8 +21,8 @@ from coordinator.journal import Journal
 from coordinator.limits import Quiet
 from coordinator.live import Live, write_whole
 from coordinator.record import RunRecorder
-from coordinator.rounds import Finished, Policy
 from coordinator.server import Server, Settings
+from coordinator.state import Finished, Policy
 from coordinator.view import View
 from fedalgos import registry, robust
 from fedalgos.privacy import SECRET_BYTES

@@ -18,6 +18,7 @@ from coordinator import eventlog, rounds
 from coordinator.archive import Archive
 from coordinator.budget import Spent
 from coordinator.central import Central
+from coordinator.cohort import wake_at
 from coordinator.desk import Breach, Delivered, Desk, LoggedIn, TooMuch, Transport
 from coordinator.events import (
     Abandon,
@@ -46,6 +47,7 @@ from coordinator.history import CatchUp
 from coordinator.journal import Journal
 from coordinator.norms import Known, Norms
 from coordinator.roster import Member, Roster
+from coordinator.state import Evaluating, Finished, Policy, State, Training, held
 from coordinator.updates import Updates
 from fedalgos import guard, registry
 from fedalgos.limits import shortage
@@ -108,7 +110,7 @@ class Settings:
     run_id: str
     software: str
     experiment: Experiment
-    policy: rounds.Policy
+    policy: Policy
     secret: bytes | None = None
 
 
@@ -125,7 +127,7 @@ class Server:
         guard: Guard | None = None,
     ) -> None:
         self.settings = settings
-        self.state = rounds.State()
+        self.state = State()
         self.central: Central | None = None
         self._method_settings = registry.settings(settings.experiment.method)
         roster = Roster(settings.policy.clients, settings.software)
@@ -145,9 +147,9 @@ class Server:
     # --- the loop ----------------------------------------------------------------
 
     @property
-    def finished(self) -> rounds.Finished | None:
+    def finished(self) -> Finished | None:
         """Set when the run is over."""
-        return self.state.phase if isinstance(self.state.phase, rounds.Finished) else None
+        return self.state.phase if isinstance(self.state.phase, Finished) else None
 
     @property
     def is_missed(self) -> bool:
@@ -156,7 +158,7 @@ class Server:
 
     def turn(self, within_seconds: float) -> None:
         """Wait for a message or until something is due, and do all that follows from it."""
-        wake = rounds.wake_at(self.state, self.settings.policy, self._last_event_at)
+        wake = wake_at(self.state, self.settings.policy, self._last_event_at)
         if wake is not None:
             within_seconds = min(within_seconds, max(0.0, wake - self.now()))
         for arrival in self.desk.receive(within_seconds):
@@ -195,10 +197,10 @@ class Server:
         archive = Archive(self._journal)
         if (space := archive.space()) is not None:
             self._centre(space, archive.checkpoint(space.size)[1])
-        for ref in set(self._updates).difference(rounds.held(self.state)):
+        for ref in set(self._updates).difference(held(self.state)):
             del self._updates[ref]
         phase, current = self.state.phase, (self.state.round + 1, self.state.attempt)
-        if isinstance(phase, rounds.Training) and self._recorder.has_opened(*current):
+        if isinstance(phase, Training) and self._recorder.has_opened(*current):
             plan = self._central().plan(current[0], phase.cohort, phase.limits)
             self._plans = {current: plan}  # else nobody was asked, and it opens with a task
         self.feed(Resumed(self.now()))
@@ -243,7 +245,7 @@ class Server:
         reason = f"out of memory: the kernel killed node {hello.node} at its limit{limit}"
         log.warning("%s", reason)
         phase = self.state.phase
-        if isinstance(phase, rounds.Training):
+        if isinstance(phase, Training):
             done = {*phase.refs, *phase.failed}
             # a node takes them in this order
             running = [c for c in sorted(phase.cohort) if c in last.clients and c not in done]
@@ -414,7 +416,7 @@ class Server:
             raise RemoteProtocolError("a score of a node that trains")
         if self.central is None or score.version != self.central.version:
             return
-        if not isinstance(self.state.phase, rounds.Evaluating):
+        if not isinstance(self.state.phase, Evaluating):
             return  # asked twice, because the connection was lost in between
         member.add_costs(score.costs)
         self.desk.measure()

@@ -30,6 +30,8 @@ PURE = sorted(
         ),
         *(f"fedalgos/{p.name}" for p in (ROOT / "fedalgos").glob("*.py")),
         "coordinator/rounds.py",
+        "coordinator/state.py",
+        "coordinator/cohort.py",
         "coordinator/deadline.py",
         "coordinator/budget.py",
     )

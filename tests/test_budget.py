@@ -12,7 +12,7 @@ import pytest
 from coordinator import eventlog, log, rounds
 from coordinator.budget import Spent, unseen, used_up
 from coordinator.events import Assign, Committed, Evaluate, EvaluatorReady, Event, Finish, Scored
-from coordinator.rounds import Finished
+from coordinator.state import Finished, State
 from coordinator.status import sentence, status
 from protocol.experiment import Budget
 from protocol.messages import Cost, Task
@@ -118,7 +118,7 @@ def test_a_run_ends_at_its_byte_budget_and_says_so(make: Make, limit: int) -> No
     assert evaluator.version == summary["rounds"]  # which is scored
     assert [r for r, _ in run.recorder.scores] == [0, summary["rounds"]]
     assert json.loads((run.directory / "summary.json").read_text()) == summary
-    state = rounds.State()
+    state = State()
     for event in run.journal():  # as a resumed coordinator does
         state, _ = rounds.step(state, event, run.policy)
     assert state == run.server.state

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coordinator.deadline import ENOUGH, WINDOW, Deadline, remember, times
 from coordinator.events import EvaluatorReady, Event, Scored, Tick
-from coordinator.rounds import Gathering, State, Training
+from coordinator.state import Gathering, State, Training
 from tests.test_rounds import OPEN, POLICY, A, B, all_in, play, update
 
 ADAPTIVE = Deadline(600.0, least=10.0, mads=3.0)

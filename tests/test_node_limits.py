@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.events import Assign, NodeLost, NodeReady, Resumed
-from coordinator.rounds import Training
+from coordinator.state import Training
 from fedalgos import split
 from fedalgos.fedavg import FedAvg
 from fedalgos.flasc import Flasc

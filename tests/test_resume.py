@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from coordinator import archive, eventlog, rounds, server
 from coordinator.journal import Journal
+from coordinator.state import State
 from protocol.messages import Task
 from protocol.payload import Run as Scalar
 from protocol.payload import Scalars, encode, spec_of
@@ -164,7 +165,7 @@ def test_a_run_that_was_killed_anywhere_ends_as_if_it_had_not_been(
             assert story(run) == undisturbed[method]
             assert run.recorder.account.num_resumed == kills
             assert run.recorder.account.num_resyncs == 0  # nobody was sent what was not durable
-            replayed = rounds.State()
+            replayed = State()
             for event in eventlog.read(run.open):
                 replayed, _ = rounds.step(replayed, event, run.policy)
             assert replayed == run.server.state

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from coordinator.cohort import draw, waited_for, wake_at
 from coordinator.events import (
     Abandon,
     Assign,
@@ -30,7 +31,8 @@ from coordinator.events import (
     Tick,
     UpdateArrived,
 )
-from coordinator.rounds import (
+from coordinator.rounds import step
+from coordinator.state import (
     Committing,
     Evaluating,
     Finished,
@@ -38,11 +40,7 @@ from coordinator.rounds import (
     Policy,
     State,
     Training,
-    draw,
     held,
-    step,
-    waited_for,
-    wake_at,
 )
 
 POLICY = Policy(

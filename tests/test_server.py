@@ -20,9 +20,9 @@ from coordinator.central import Central
 from coordinator.desk import SETTLE_SECONDS
 from coordinator.journal import Journal
 from coordinator.record import RunRecorder
-from coordinator.rounds import Evaluating
 from coordinator.run import TURN_SECONDS, policy
 from coordinator.server import Server, Settings
+from coordinator.state import Evaluating, Gathering, State
 from fedalgos import registry
 from fedalgos.method import Assignment, Work
 from fedalgos.space import ParamSpace, digest
@@ -347,7 +347,7 @@ def test_the_journal_rebuilds_the_state(make: Make) -> None:
     a, *_ = two_nodes(run)
     a.answer = lambda task: [] if task.round == 1 else [a.update(task)]
     run.finish()
-    state = rounds.State(phase=rounds.Gathering(0.0))
+    state = State(phase=Gathering(0.0))
     for event in run.journal():
         state, _ = rounds.step(state, event, run.policy)
     assert state == run.server.state

@@ -20,7 +20,7 @@ import seedwire
 from coordinator import processes
 from coordinator.live import Live, spans
 from coordinator.log import clock
-from coordinator.rounds import Training
+from coordinator.state import Training
 from coordinator.status import Reader, sentence, status
 from coordinator.view import View, render
 from protocol.errors import ExperimentError
