@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -132,137 +133,160 @@ class Rules:
     by_owners: bool = False
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What the coordinator and every node know alike; the secret is the coordinator's own."""
+
+    o: SparseSettings
+    space: ParamSpace
+    rules: Rules
+    secret: bytes | None
+
+
 def engine(
     o: SparseSettings, space: ParamSpace, rules: Rules, secret: bytes | None = None
 ) -> Method[State]:
     """Build a sparse method; the coordinator of a private one needs a ``secret``."""
-
-    def tier_of(client: int) -> int:
-        return client % rules.tiers
-
-    def tier_in(a: Assignment) -> int:
-        return tier_of(a.client) if a.tier is None else a.tier
-
-    def fit(s: State, plan: Plan, limits: Mapping[int, Limit]) -> Plan:
-        """Lower tiers for those who have no room for their own."""
-        del s
-        assert rules.takes is not None
-        tiers = [lowered(tier_of(a.client), rules.takes, limits.get(a.client)) for a in plan]
-        return tuple(
-            a if tier == tier_of(a.client) else replace(a, tier=tier)
-            for a, tier in zip(plan, tiers, strict=True)
-        )
-
-    def init(x: Flat) -> tuple[State, Payload | None]:
-        if o.dp is not None and o.dp.noise_multiplier and not secret:
-            raise ExperimentError("[method] dp: the coordinator has no secret to draw noise from")
-        first = None if rules.trained else written(x, x, 0)
-        return State(x, Moments()), first
-
-    def written(w: Flat, x: Flat, round: int) -> Payload:
-        """The step from W, as everybody will have it."""
-        step = rules.write(w, rules.published(w, x, round))
-        if not isinstance(step, Sparse):
-            return step
-        key = rules.key(round, SERVER)
-        return Sparse.of(space.size, step.places, step.values, rules.coding_down, key)
-
-    def plan(s: State, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
-        del s
-        return tuple(
-            Assignment(
-                client,
-                picks=(rules.num_sent(round, tier_of(client)),) if rules.changes else (),
-                slot=m,
-                num_slots=len(cohort),
-            )
-            for m, client in enumerate(cohort)
-        )
-
-    def local(
-        x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
-    ) -> tuple[Payload, float]:
-        tier = tier_in(work.assignment)
-        places = rules.held(x, work.round, tier)
-        start = x if rules.trained else restricted(x, places)
-        mask = None if rules.chosen_from is not None or len(places) == space.size else places
-        trained, loss = train(o.local, start, oracle, batches, rules.trained, mask)
-        change = start - trained  # D = M.x - w
-        if rules.chosen_from is None:
-            return Dense(change[places]), loss
-        if rules.remembers and work.memory.value is not None:
-            change += work.memory.value
-        sent = rules.chosen_from.largest(change, rules.num_sent(work.round, tier))
-        key = rules.key(work.round, work.assignment.client)
-        payload = Sparse.of(space.size, sent, change[sent], rules.coding_up, key)
-        if rules.remembers:
-            remember(work.memory, change, payload)
-        return payload, loss
-
-    def accepts(a: Assignment, payload: Payload) -> str | None:
-        if rules.chosen_from is None:
-            if not isinstance(payload, Dense) or payload.units:
-                return "want a dense payload of what the client trained"
-        elif not isinstance(payload, Sparse) or payload.size != space.size:
-            return f"want a sparse payload of size {space.size}"
-        elif payload.coding != rules.coding_up:
-            return f"want {rules.coding_up} values"
-        got, want = len(payload.values), a.picks[0] if a.picks else num_sent(a)
-        return None if got == want else f"another size: {got} entries, want {want}"
-
-    def num_sent(a: Assignment) -> int:
-        return rules.num_sent(1, tier_in(a))
-
-    def collect(
-        x: Flat, held: Sequence[Places], contributions: Iterable[Contribution]
-    ) -> tuple[Exact, float | Exact, int]:
-        """The sum of the D, what it is to be divided by, and how many clients were asked."""
-        total, weight, num_asked = np.zeros(space.size), 0.0, 0
-        owned = np.zeros(space.size) if rules.by_owners else None
-        for c in contributions:
-            got, places = c.payload.values, held[tier_in(c.assignment)]
-            if isinstance(c.payload, Sparse):
-                places = c.payload.places
-            p = rules.weight(x, places, got)
-            change = privacy.clipped(got, o.dp.clip) if o.dp else got.astype(float)
-            total[places] += p * c.damping * change
-            if owned is not None:
-                owned[places] += p
-            weight, num_asked = weight + p, max(num_asked, c.assignment.num_slots)
-        if not weight:
-            raise ValueError("aggregate of no updates")
-        return total, weight if owned is None else np.where(owned > 0, owned, 1.0), num_asked
-
-    def aggregate(
-        s: State, x: Flat, round: int, contributions: Iterable[Contribution]
-    ) -> tuple[State, Payload]:
-        held = [rules.held(x, round, tier) for tier in range(rules.tiers)]
-        total, divisor, num_asked = collect(x, held, contributions)
-        sampled = s.sampled
-        if o.dp is not None:
-            touched = held[-1] if rules.chosen_from is None else np.arange(space.size)
-            total[touched] = privacy.noised(o.dp, secret or b"", round, total[touched])
-            sampled = privacy.asked(sampled, num_asked)
-        delta = (-total / divisor).astype(np.float32)
-        moments, new = server_step(o.server, s.moments, s.weights, delta)
-        if rules.trained or rules.is_frozen:  # momentum and decay, too, leave the rest alone
-            everywhere, new = new, s.weights.copy()
-            new[held[-1]] = everywhere[held[-1]]
-        weights = new.astype(np.float32)
-        return State(weights, moments, sampled), written(weights, x, round)
-
+    known = Setup(o, space, rules, secret)
     return Method(
-        init=init,
-        plan=plan,
-        local=local,
-        accepts=accepts,
-        aggregate=aggregate,
+        init=partial(_init, known),
+        plan=partial(_plan, known),
+        local=partial(_local, known),
+        accepts=partial(_accepts, known),
+        aggregate=partial(_aggregate, known),
         apply=rules.read,
         onto="initial" if rules.trained else "nothing",
         metrics=lambda s: privacy.figures(o.dp, s.sampled),
         tiers=rules.tiers,
         view=rules.view,
-        tier_of=tier_of,
+        tier_of=partial(_tier_of, known),
         takes=rules.takes,
-        fit=unchanged if rules.takes is None else fit,
+        fit=unchanged if rules.takes is None else partial(_fit, known),
     )
+
+
+def _tier_of(known: Setup, client: int) -> int:
+    return client % known.rules.tiers
+
+
+def _tier_in(known: Setup, a: Assignment) -> int:
+    return _tier_of(known, a.client) if a.tier is None else a.tier
+
+
+def _fit(known: Setup, s: State, plan: Plan, limits: Mapping[int, Limit]) -> Plan:
+    """Lower tiers for those who have no room for their own."""
+    del s
+    assert known.rules.takes is not None
+    own = [_tier_of(known, a.client) for a in plan]
+    takes = known.rules.takes
+    tiers = [lowered(t, takes, limits.get(a.client)) for t, a in zip(own, plan, strict=True)]
+    changes = zip(plan, own, tiers, strict=True)
+    return tuple(a if tier == was else replace(a, tier=tier) for a, was, tier in changes)
+
+
+def _init(known: Setup, x: Flat) -> tuple[State, Payload | None]:
+    if known.o.dp is not None and known.o.dp.noise_multiplier and not known.secret:
+        raise ExperimentError("[method] dp: the coordinator has no secret to draw noise from")
+    first = None if known.rules.trained else _written(known, x, x, 0)
+    return State(x, Moments()), first
+
+
+def _written(known: Setup, w: Flat, x: Flat, round: int) -> Payload:
+    """The step from W, as everybody will have it."""
+    rules = known.rules
+    step = rules.write(w, rules.published(w, x, round))
+    if not isinstance(step, Sparse):
+        return step
+    key = rules.key(round, SERVER)
+    return Sparse.of(known.space.size, step.places, step.values, rules.coding_down, key)
+
+
+def _plan(known: Setup, s: State, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
+    del s
+    rules = known.rules
+
+    def assigned(slot: int, client: int) -> Assignment:
+        sent = (rules.num_sent(round, _tier_of(known, client)),) if rules.changes else ()
+        return Assignment(client, picks=sent, slot=slot, num_slots=len(cohort))
+
+    return tuple(assigned(slot, client) for slot, client in enumerate(cohort))
+
+
+def _local(
+    known: Setup, x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
+) -> tuple[Payload, float]:
+    rules = known.rules
+    tier = _tier_in(known, work.assignment)
+    places = rules.held(x, work.round, tier)
+    start = x if rules.trained else restricted(x, places)
+    mask = None if rules.chosen_from is not None or len(places) == known.space.size else places
+    trained, loss = train(known.o.local, start, oracle, batches, rules.trained, mask)
+    change = start - trained  # D = M.x - w
+    if rules.chosen_from is None:
+        return Dense(change[places]), loss
+    if rules.remembers and work.memory.value is not None:
+        change += work.memory.value
+    sent = rules.chosen_from.largest(change, rules.num_sent(work.round, tier))
+    key = rules.key(work.round, work.assignment.client)
+    payload = Sparse.of(known.space.size, sent, change[sent], rules.coding_up, key)
+    if rules.remembers:
+        remember(work.memory, change, payload)
+    return payload, loss
+
+
+def _accepts(known: Setup, a: Assignment, payload: Payload) -> str | None:
+    rules = known.rules
+    if rules.chosen_from is None:
+        if not isinstance(payload, Dense) or payload.units:
+            return "want a dense payload of what the client trained"
+    elif not isinstance(payload, Sparse) or payload.size != known.space.size:
+        return f"want a sparse payload of size {known.space.size}"
+    elif payload.coding != rules.coding_up:
+        return f"want {rules.coding_up} values"
+    got, want = len(payload.values), a.picks[0] if a.picks else _num_sent(known, a)
+    return None if got == want else f"another size: {got} entries, want {want}"
+
+
+def _num_sent(known: Setup, a: Assignment) -> int:
+    return known.rules.num_sent(1, _tier_in(known, a))
+
+
+def _collect(
+    known: Setup, x: Flat, held: Sequence[Places], contributions: Iterable[Contribution]
+) -> tuple[Exact, float | Exact, int]:
+    """The sum of the D, what it is to be divided by, and how many clients were asked."""
+    total, weight, num_asked = np.zeros(known.space.size), 0.0, 0
+    owned = np.zeros(known.space.size) if known.rules.by_owners else None
+    for c in contributions:
+        got, places = c.payload.values, held[_tier_in(known, c.assignment)]
+        if isinstance(c.payload, Sparse):
+            places = c.payload.places
+        p = known.rules.weight(x, places, got)
+        change = privacy.clipped(got, known.o.dp.clip) if known.o.dp else got.astype(float)
+        total[places] += p * c.damping * change
+        if owned is not None:
+            owned[places] += p
+        weight, num_asked = weight + p, max(num_asked, c.assignment.num_slots)
+    if not weight:
+        raise ValueError("aggregate of no updates")
+    return total, weight if owned is None else np.where(owned > 0, owned, 1.0), num_asked
+
+
+def _aggregate(
+    known: Setup, s: State, x: Flat, round: int, contributions: Iterable[Contribution]
+) -> tuple[State, Payload]:
+    rules = known.rules
+    held = [rules.held(x, round, tier) for tier in range(rules.tiers)]
+    total, divisor, num_asked = _collect(known, x, held, contributions)
+    sampled = s.sampled
+    if known.o.dp is not None:
+        touched = held[-1] if rules.chosen_from is None else np.arange(known.space.size)
+        total[touched] = privacy.noised(known.o.dp, known.secret or b"", round, total[touched])
+        sampled = privacy.asked(sampled, num_asked)
+    delta = (-total / divisor).astype(np.float32)
+    moments, new = server_step(known.o.server, s.moments, s.weights, delta)
+    if rules.trained or rules.is_frozen:  # momentum and decay, too, leave the rest alone
+        everywhere, new = new, s.weights.copy()
+        new[held[-1]] = everywhere[held[-1]]
+    weights = new.astype(np.float32)
+    return State(weights, moments, sampled), _written(known, weights, x, round)
