@@ -19,6 +19,7 @@ from coordinator.archive import Archive
 from coordinator.central import Central
 from coordinator.journal import Journal
 from coordinator.record import RunRecorder
+from deploy.errors import DeployError
 from fedalgos.fedavg import FedAvg, fedavg
 from fedalgos.method import Settings
 from fedalgos.optim import Local, Server
@@ -26,7 +27,7 @@ from fedalgos.registry import AnySettings
 from fedalgos.space import ParamSpace, digest
 from node.packages import PACKAGES
 from node.shapes import SHAPES
-from protocol import errors, experiment, messages, noise, places, values, wire
+from protocol import experiment, messages, noise, places, values, wire
 from protocol.blobs import (
     CHUNK_BYTES,
     FAST_BYTES_PER_SECOND,
@@ -311,11 +312,13 @@ def test_every_method_has_a_section_that_names_its_settings(kind: type[Settings]
 
 def test_every_exit_code_is_listed_with_its_error() -> None:
     table = section("errors.md", "1. Exit codes")
-    for kind in SeedwireError.__subclasses__():
+    kinds: list[type[SeedwireError] | type[DeployError]]
+    kinds = [*SeedwireError.__subclasses__(), *DeployError.__subclasses__()]
+    for kind in kinds:
         assert f"| {kind.exit_code} | `{kind.__name__}` |" in table
-        assert getattr(errors, kind.__name__) is kind
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
-    ours = {kind.exit_code for kind in SeedwireError.__subclasses__()}
+    ours = {kind.exit_code for kind in kinds}
+    assert len(ours) == len(kinds)
     assert listed == ours | {0, 1, 2, INTERRUPTED}
 
 
