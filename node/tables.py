@@ -147,18 +147,7 @@ def _read_delimited(path: Path, columns: tuple[str, ...], wanted: Wanted) -> pa.
 
 
 def _read_hub(name: str, wanted: Wanted) -> list[Columns]:
-    """``owner/name``, or ``owner/name:config`` for a set with several configurations."""
-    import datasets
-
-    path, _, config = name.partition(":")
-    try:
-        with _without_progress():
-            splits = datasets.load_dataset(path, config or None)
-    except Exception as error:
-        # Whatever the hub's client, its cache or a malformed file raised: to the user
-        # it is one thing, and its first line says which.
-        why = sources.first_line(error)
-        raise DataError(f"{name}: no such file, and not to be had from the hub: {why}") from error
+    splits = load_hub(name)
     if "train" not in splits:
         raise DataError(f"{name} has no split 'train'; it has {', '.join(splits)}")
     read: list[Columns] = []
@@ -178,8 +167,32 @@ def _read_hub(name: str, wanted: Wanted) -> list[Columns]:
     return read
 
 
+def load_hub(name: str) -> Any:
+    """The splits of a hub set, of the copy that was pushed to this machine if there is one.
+
+    Args:
+        name: ``owner/name``, or ``owner/name:config`` for a set with several configurations.
+
+    Raises:
+        DataError: it is not to be had.
+    """
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        with without_progress():
+            if (pushed := sources.pushed(name)).is_dir():
+                return datasets.load_from_disk(pushed)
+            return datasets.load_dataset(path, config or None)
+    except Exception as error:
+        # Whatever the hub's client, its cache or a malformed file raised: to the user
+        # it is one thing, and its first line says which.
+        why = sources.first_line(error)
+        raise DataError(f"{name}: no such file, and not to be had from the hub: {why}") from error
+
+
 @contextlib.contextmanager
-def _without_progress() -> Iterator[None]:
+def without_progress() -> Iterator[None]:
     """No bars on stderr; what was set before is set again."""
     import datasets
 
