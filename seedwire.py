@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from coordinator.cli import coordinator
-from coordinator.commands import down, list_, log, report, serve, stop, watch
+from coordinator.commands import down, list_, log, report, saving, serve, stop, watch
 from coordinator.keys_commands import keys_app
 from deploy.cli import demo, run
 from node.cli import fetch, memory, node, profile
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(run, demo, coordinator, node),
-    *(watch, serve, list_, log, stop, down, report),
+    *(watch, serve, list_, log, stop, down, report, saving),
     *(fetch, memory, profile),
 )
 app.add_typer(keys_app)

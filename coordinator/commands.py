@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,6 +193,41 @@ def report(
             console.print(tables.table(groups, title))
             for name in ("comparison.html", "comparison.png"):
                 console.print(str(out / name), soft_wrap=True, highlight=False, markup=False)
+
+
+def saving(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Directories of finished runs, or JSON of a report."),
+    ],
+    than: Annotated[str, typer.Option(help="The run that is the yardstick, by its name.")],
+    within: Annotated[
+        float, typer.Option(help="As good is also what is worse by this: 0.01.", min=0.0)
+    ] = 0.0,
+    form: Annotated[
+        TableFormat, typer.Option("--format", help="For people, JSON, or Markdown.")
+    ] = TableFormat.text,
+) -> None:
+    """Tell what each run took to reach the metric that one of them ended with.
+
+    Runs are paired by their seed; factors above one are savings.
+    """
+    with command_line():
+        from coordinator import saving as savings
+        from coordinator import tables
+        from coordinator.groups import group
+        from coordinator.results import read
+
+        groups = group([result for run in runs for result in read(run)])
+        found = savings.savings(groups, than, within)
+        if form is TableFormat.json:
+            _print([asdict(s) for s in found])
+        elif form is TableFormat.markdown:
+            head, *rows = savings.rows(found)
+            typer.echo(tables.as_markdown([head, ["---"] * len(head), *rows]), nl=False)
+        else:
+            typer.echo(savings.heading(groups, than, within))
+            Console().print(tables.plain(savings.rows(found)))
 
 
 def _check(run: Path) -> None:

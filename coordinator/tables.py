@@ -41,8 +41,7 @@ def table(groups: Sequence[Group], title: str) -> Stack:
     """The comparison for a terminal: a column per group, as many as fit into 80 places."""
     texts, parts = rows(groups), []
     for start in range(0, len(groups), ABREAST):
-        out = Table(title=None if start else title, title_justify="left", header_style="bold",
-                    box=box.SIMPLE_HEAD, pad_edge=False)  # fmt: skip
+        out = _frame(None if start else title)
         out.add_column("", no_wrap=True)
         for g in groups[start : start + ABREAST]:
             out.add_column(Text(g.label), justify="right", overflow="fold")
@@ -54,11 +53,31 @@ def table(groups: Sequence[Group], title: str) -> Stack:
     return Stack(*parts)
 
 
+def plain(lines: Sequence[Sequence[str]]) -> Table:
+    """Rows of cells, the first of them headings, for a terminal."""
+    out = _frame(None)
+    for i, name in enumerate(lines[0]):
+        out.add_column(name, justify="right" if i else "left", overflow="fold")
+    for cells in lines[1:]:
+        out.add_row(*map(Text, cells))
+    return out
+
+
+def _frame(title: str | None) -> Table:
+    return Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD,
+                 pad_edge=False)  # fmt: skip
+
+
 def markdown(groups: Sequence[Group]) -> str:
     """The comparison as a Markdown table, a row per group."""
     texts = rows(groups)
     lines = [["run", *(name for name, _ in texts)], ["---"] * (len(texts) + 1)]
     lines += [[g.label, *(_one_line(cells[i]) for _, cells in texts)] for i, g in enumerate(groups)]
+    return as_markdown(lines)
+
+
+def as_markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, with their rule, as a Markdown table."""
     return "".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |\n" for cells in lines)
 
 

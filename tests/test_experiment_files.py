@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import tables
+from coordinator import saving, tables
 from coordinator.groups import group
 from coordinator.results import read
 from fedalgos import registry
 from protocol import experiment as experiments
-from scripts.experiments import BEGIN, END, PAPER, merged
+from scripts.experiments import BEGIN, END, PAPER, SAVING, WITHIN, merged
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 FILES = sorted(FOLDER.glob("*/*.toml"))
@@ -30,6 +30,15 @@ def test_every_table_is_what_the_report_makes_of_the_results_beside_it(folder: P
     assert written.strip() == tables.markdown(group(results)).strip()
     names = {experiments.load(p, ()).run.name for p in folder.glob("*.toml") if p.name != PAPER}
     assert {result.summary["run"] for result in results} <= names
+
+
+@pytest.mark.parametrize("folder", WITH_TABLE, ids=lambda folder: folder.name)
+def test_every_saving_is_what_the_command_makes_of_the_results_beside_it(folder: Path) -> None:
+    groups = group(read(folder / "results.json"))
+    for place in SAVING.finditer((folder / "README.md").read_text()):
+        head, *rows = saving.rows(saving.savings(groups, place[2], WITHIN))
+        made = tables.as_markdown([head, ["---"] * len(head), *rows])
+        assert place[0].partition("\n")[2].rpartition("<!--")[0].strip() == made.strip()
 
 
 def test_a_new_run_takes_the_place_of_the_one_with_its_name_and_seed() -> None:
