@@ -11,7 +11,7 @@ import typer
 from coordinator.cli import coordinator
 from coordinator.commands import down, list_, log, report, saving, serve, stop, watch
 from coordinator.keys_commands import keys_app
-from deploy.cli import demo, run
+from deploy.cli import demo, run, sweep
 from node.cli import fetch, memory, node, profile
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(run, demo, coordinator, node),
+    *(run, sweep, demo, coordinator, node),
     *(watch, serve, list_, log, stop, down, report, saving),
     *(fetch, memory, profile),
 )

@@ -13,6 +13,7 @@ import typer
 
 from deploy import local
 from deploy.demo import run_demo
+from deploy.sweep import Sweep, parse_over, run_sweep
 
 INTERRUPTED = 130
 
@@ -58,6 +59,33 @@ def run(
     plan = local.Plan(experiment, nodes, where, tuple(set_ or ()), threads)
     with _stoppable():
         code = local.run(plan, _say)
+    raise typer.Exit(code)
+
+
+def sweep(
+    experiments: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Experiment files (TOML).")
+    ],
+    over: Annotated[
+        list[str] | None,
+        typer.Option("--over", metavar="A.B=V,V", help="A key and its values; may be repeated."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="How many node processes a run.")] = 2,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override one value in all.")
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where all goes; one that was begun is gone on with.")
+    ] = None,
+) -> None:
+    """Run experiments with every combination of values, one after another, and compare them.
+
+    For seeds: --over run.seed=1,2,3.
+    """
+    where = directory or Path("runs") / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    plan = Sweep(tuple(experiments), parse_over(over or ()), tuple(set_ or ()), nodes, where)
+    with _stoppable():
+        code = run_sweep(plan, _say)
     raise typer.Exit(code)
 
 
