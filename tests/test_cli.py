@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 import seedwire
-from node.cli import checked_name, parse_clients
+from node.options import checked_name, parse_clients
 
 ROOT = Path(__file__).parent.parent
 RUNNER = CliRunner()

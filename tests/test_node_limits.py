@@ -25,8 +25,8 @@ from fedalgos.method import Assignment, Contribution, Method, Plan, Work
 from fedalgos.optim import Sgd
 from fedalgos.registry import AnySettings, build
 from fedalgos.spry import Spry
-from node.cli import parse_limits
 from node.measure import LimitError, Phases
+from node.options import parse_limits
 from protocol import places
 from protocol.messages import Limits
 from protocol.payload import encode, spec_of
