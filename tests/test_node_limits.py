@@ -33,7 +33,8 @@ from protocol.payload import encode, spec_of
 from tests.faults import cluster
 from tests.faults.cluster import Ended
 from tests.faults.cluster import run as play_out
-from tests.faults.faults import Fault, Kill
+from tests.faults.faults import Fault, Hoard, Kill
+from tests.faults.groups import NoGroupError
 from tests.oracles import over_the_wire, space_of, towards
 from tests.test_laws import PAIR
 from tests.test_rounds import OPEN, A, B, play
@@ -463,3 +464,30 @@ def test_a_task_past_its_nodes_limit_ends_with_the_reason_and_the_round_goes_on(
         assert all(said in why for why in missing.values())
     assert ended.summary["rejected"] == {"task failed": 4}
     assert "Traceback" not in (tmp_path / "it" / "logs" / "node-0.log").read_text()
+
+
+@pytest.mark.net
+@pytest.mark.slow
+def test_a_node_that_breaks_its_groups_limit_is_killed_and_the_round_goes_on(
+    tmp_path: Path,
+) -> None:
+    """By the kernel, in the middle of a task of round 2; it comes back, and trains in round 3."""
+    limit, clients = 200_000_000, {"0", "1"}  # what is node-0's alone of a forked process is less
+    script = [Fault("node-0", "train", Hoard(2 * limit), round=2)]
+    plan = cluster.Plan(script=script, memory={"node-0": limit}, patience_seconds=10.0)
+    try:
+        ended = play_out(plan, tmp_path / "it")
+    except NoGroupError as error:
+        pytest.skip(str(error))
+    assert ended.starts["node-0"] == 2
+    assert ended.summary["status"] == "completed"
+    assert [bool(missing) for missing in ended.missing.values()] == [False, True, False]
+    (client,) = ended.missing[2].keys() & clients
+    why = ended.missing[2][client]
+    assert why == "out of memory: the kernel killed node node-0 at its limit of 200 MB"
+    assert ended.missing[2].keys() == {client}  # the other is trained by who came back
+    assert ended.summary["rejected"] == {"task failed": 1}
+    assert why in (ended.directory / "logs" / "coordinator.log").read_text()
+    known = json.loads((ended.directory / "nodes.json").read_text())
+    assert known["node-0"]["memory_limit"] == pytest.approx(limit, abs=1 << 16)
+    assert known["node-1"]["memory_limit"] != known["node-0"]["memory_limit"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from protocol import payload
+from protocol import meter, payload
 from protocol.messages import Beat, Channel, Message, Update, to_coordinator, to_node
 from protocol.transport import Dealer, Router
 from protocol.wire import Frame, Peer, RemoteProtocolError
@@ -34,6 +34,7 @@ class Actor:
         self._address, self._who = address, who
         self._round = 0
         self._held: Callable[[], bool] | None = None
+        self._hoard: list[bytes] = []
 
     def at(self, phase: str) -> set[str]:
         """Say that a phase is reached; returns what to do to the message at hand."""
@@ -47,6 +48,10 @@ class Actor:
         orders: dict[str, float] = json.loads(told)
         if "jump" in orders:
             _shift_clock(orders["jump"])
+        if "hoard" in orders:
+            self._hoard.append(b"\1" * int(orders["hoard"]))  # not zeros: every page is written
+        if "miscount" in orders:
+            _miscount(int(orders["miscount"]))
         return set(orders)
 
     def send(self, channel: Channel[Any], frames: Frames, send: Send) -> bool:
@@ -132,6 +137,12 @@ def _shift_clock(seconds: float) -> None:
     now, now_ns = time.time, time.time_ns
     time.time = lambda: now() + seconds
     time.time_ns = lambda: now_ns() + int(seconds * 1e9)
+
+
+def _miscount(nbytes: int) -> None:
+    """Frames that seem longer than they are, as of framing that was understood wrong."""
+    whole = meter.zmtp_bytes
+    meter.zmtp_bytes = lambda size, mechanism="null": whole(size, mechanism) + nbytes
 
 
 def die_with_parent() -> None:

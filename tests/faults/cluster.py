@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import seedwire
-from tests.faults import coordinator, node
+from tests.faults import coordinator, groups, node
 from tests.faults.actor import die_with_parent
 from tests.faults.director import Director
 from tests.faults.faults import Fault, Moment
+from tests.faults.groups import Group
 from tests.faults.link import Link, Links
 from tests.faults.netns import Network, enter
 
@@ -82,6 +83,7 @@ class Plan:
         is_secure: with keys, of which each node gets one by a token.
         more: further sections of the experiment file.
         options: of nodes, by name.
+        memory: bytes that the memory control group of a process may have, by name.
         must_strike: a fault whose moment never comes is an error.
     """
 
@@ -95,6 +97,7 @@ class Plan:
     must_strike: bool = True
     more: str = ""
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
     deadline_seconds: float = 30.0
     return_seconds: float = 20.0
     patience_seconds: float = 2.0
@@ -157,6 +160,7 @@ class Cluster:
     links: Links = field(init=False)
     processes: dict[str, Any] = field(default_factory=dict)
     starts: Counter[str] = field(default_factory=Counter)
+    groups: dict[str, Group] = field(default_factory=dict)
 
     def __enter__(self) -> Cluster:
         (self.directory / "logs").mkdir(parents=True)
@@ -167,6 +171,8 @@ class Cluster:
         if self.plan.is_secure:
             self._issue_token()
         self.director = Director(self.plan.script, self.links, self.network)
+        for name, limit in self.plan.memory.items():
+            self.groups[name] = Group(f"seedwire-{os.getpid()}-{name}", limit)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -177,6 +183,8 @@ class Cluster:
         for link in self.links.values():
             link.close()
         self.director.close()
+        for group in self.groups.values():
+            group.close()
 
     def run(self) -> Ended:
         """Start everyone and look after them until the run is over.
@@ -231,7 +239,8 @@ class Cluster:
         run = coordinator.run if name == "coordinator" else node.run
         log = self.directory / "logs" / f"{name}.log"
         machine = self.network.path(name) if self.network else None
-        args = (run, self.director.address, name, self._arguments(name), log, machine)
+        group = self.groups[name].path if name in self.groups else None
+        args = (run, self.director.address, name, self._arguments(name), log, machine, group)
         make = multiprocessing.get_context("spawn") if self.is_cold else _forks()
         self.processes[name] = process = make.Process(target=_be, args=args, daemon=True)
         process.start()
@@ -311,8 +320,11 @@ def _be(
     arguments: list[str],
     log: Path,
     machine: Path | None,
+    group: Path | None,
 ) -> None:
     """The life of a child, its output in a file."""
+    if group is not None:
+        groups.enter(group)
     if machine is not None:
         enter(machine)
     die_with_parent()

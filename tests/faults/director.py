@@ -21,8 +21,10 @@ from tests.faults.faults import (
     Duplicate,
     Fault,
     HalfOpen,
+    Hoard,
     Jump,
     Kill,
+    Miscount,
     Moment,
     Partition,
     Poison,
@@ -118,6 +120,8 @@ class Director:
                 return {type(fault.act).__name__.lower(): 1.0}
             case Jump(seconds):
                 return {"jump": seconds}
+            case Hoard(nbytes) | Miscount(nbytes):
+                return {type(fault.act).__name__.lower(): nbytes}
         return {}
 
     def _later(self, seconds: float, do: Any) -> None:

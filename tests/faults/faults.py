@@ -73,6 +73,20 @@ class Jump:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Hoard:
+    """The process takes so much memory, and keeps it."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Miscount:
+    """The coordinator counts each frame so many bytes too long from now on."""
+
+    nbytes: int
+
+
 Act = (
     Kill
     | Stop
@@ -86,6 +100,8 @@ Act = (
     | Reorder
     | Poison
     | Jump
+    | Hoard
+    | Miscount
 )
 
 

@@ -57,6 +57,7 @@ def test_a_fault_changes_nothing_in_the_result(
     assert ended.fired == [fault]
     assert ended.digest == undisturbed("scalar", 24)
     assert not any(ended.missing.values())
+    assert ended.summary["unexplained"] == {}
 
 
 def test_a_flipped_bit_on_the_way_is_noticed_where_there_are_keys(
