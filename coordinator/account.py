@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from coordinator.reconcile import Unexplained
 from protocol.messages import Score
-from protocol.meter import Key, Meter
+from protocol.meter import Around, Key, Meter
 from protocol.tcp import Traffic
 
 
@@ -40,7 +41,9 @@ class Account:
         seconds: with a round open.
         train_seconds: by node, in committed rounds.
         phase_seconds, joules: by phase, of all updates; no joules where nothing meters them.
-        payload, message, traffic: the meter's.
+        payload, message, around, traffic: the meter's.
+        compared: how often a node's bytes of a round, one way, were held against the kernel's.
+        unexplained: by node and direction, see ``coordinator.reconcile``.
     """
 
     now: float = 0.0
@@ -62,17 +65,22 @@ class Account:
     joules: dict[str, float] = field(default_factory=dict)
     payload: list[tuple[Key, int]] = field(default_factory=list)
     message: list[tuple[Key, int]] = field(default_factory=list)
+    around: list[tuple[Around, int]] = field(default_factory=list)
     traffic: dict[str, Traffic] = field(default_factory=dict)
+    compared: int = 0
+    unexplained: dict[str, dict[str, Unexplained]] = field(default_factory=dict)
 
     def take(self, meter: Meter, now: float) -> None:
         """Take the meter's counts and the clock."""
         self.now, self.traffic = now, dict(meter.traffic)
         self.payload, self.message = list(meter.payload.items()), list(meter.message.items())
+        self.around = list(meter.around.items())
 
     def give(self, meter: Meter) -> None:
         """Have a new meter go on from these counts."""
         meter.payload.update(dict(self.payload))
         meter.message.update(dict(self.message))
+        meter.around.update(dict(self.around))
         meter.traffic.update(self.traffic)
 
 

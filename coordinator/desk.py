@@ -54,6 +54,7 @@ class Transport(Protocol):
     def watch(self, peer: Peer, owner: str) -> None: ...
     def grown(self) -> list[tcp.Growth]: ...
     def lost_one(self) -> bool: ...
+    def is_drained(self) -> bool: ...
     def cut(self, peer: Peer) -> None: ...
 
 
@@ -378,6 +379,13 @@ class Desk:
         """Take what the kernel has counted of every node's connections."""
         for growth in self._transport.grown():
             self.meter.grown(growth)
+
+    def idle(self) -> set[str]:
+        """Measure; and nodes that all of it has arrived of, and everything sent has reached."""
+        self.measure()
+        if not self._transport.is_drained():
+            return set()
+        return {member.name for member in self.roster if member.is_idle}
 
     def dismiss(self, reason: str, finished: bool) -> None:
         """Say goodbye to everyone."""

@@ -3,6 +3,7 @@
 experiment.toml  versions.json  nodes.json
 metrics.jsonl    one line per evaluation and one per committed round
 costs.jsonl      one line per update: seconds and memory by phase
+bytes.jsonl      one line per committed round: each node's bytes, held against the kernel's
 catch-up.jsonl   one line per node that was behind: what it was sent, and what each way costs
 summary.json     written at the end; its keys are a public promise (docs/summary.md)
 
@@ -31,6 +32,7 @@ from coordinator.history import CatchUp
 from coordinator.journal import Journal
 from coordinator.limits import MAX_GONE, MAX_REASONS
 from coordinator.quality import Quality
+from coordinator.reconcile import Reconciler, Unexplained
 from coordinator.roster import Member
 from protocol import experiment as experiments
 from protocol.errors import JournalError
@@ -42,7 +44,7 @@ log = logging.getLogger(__name__)
 
 SUMMARY_VERSION = 1
 PEAKS = ("rss", "cuda", "reserved")  # of a cost, in bytes
-LINES = ("metrics.jsonl", "costs.jsonl", "catch-up.jsonl")
+LINES = ("metrics.jsonl", "costs.jsonl", "bytes.jsonl", "catch-up.jsonl")
 IDLE = ("wait", "transfer")  # phases in which a node does not compute
 PACKAGES = (
     *("seedwire", "torch", "transformers", "tokenizers", "peft", "safetensors", "datasets"),
@@ -64,6 +66,7 @@ class RunRecorder:
         self.experiment = experiment
         self.quality = Quality.of(experiment)
         self.meter = Meter()  # replaced by the desk's once there is one
+        self._reconciler = Reconciler(self.meter)
         self.account = Account()
         self._journal = journal
         self._are_nodes_new = False  # since nodes.json was written
@@ -96,6 +99,7 @@ class RunRecorder:
         """Have the desk's meter, which goes on from the account."""
         self.meter = meter
         self.account.give(meter)
+        self._reconciler = Reconciler(meter)
 
     def save(self, now: float) -> None:
         """Put the account where the journal's next commit finds it."""
@@ -151,7 +155,9 @@ class RunRecorder:
         for name in gone:
             del nodes[name]
             self.account.inference.pop(name, None)
+            self.account.unexplained.pop(name, None)
             self.meter.merge(name)
+            self._reconciler.forget(name)
         return gone
 
     def _write_nodes(self) -> None:
@@ -229,6 +235,29 @@ class RunRecorder:
             **({"stale": {str(c): s for c, s in commit.stale}} if commit.stale else {}),
             **metrics,
         )
+        self._reconcile(commit.round)
+
+    def looked(self, idle: Collection[str]) -> None:
+        """The kernel's counts were just taken; ``idle`` nodes owe no answer."""
+        self._reconciler.look(idle)
+
+    def _reconcile(self, round: int) -> None:
+        """Write down a round's bytes, and warn of the first that nothing explains."""
+        hidden = self.account.evaluators | {OTHERS}
+        nodes, compared, excesses = self._reconciler.close(hidden)
+        self.account.compared += compared
+        for node, way, unexplained, kernel in excesses:
+            ways = self.account.unexplained.setdefault(node, {})
+            if way not in ways:
+                ways[way] = Unexplained(round)
+                what = f"{abs(unexplained)} bytes {'too many' if unexplained > 0 else 'too few'}"
+                log.warning(
+                    "round %d, node %s %s: %s counted beside the kernel's %d",
+                    *(round, node, way, what, kernel),
+                )
+            ways[way].rounds += 1
+            ways[way].bytes += unexplained
+        self._append("bytes.jsonl", {"round": round, "nodes": nodes})
 
     @property
     def _folds_late(self) -> bool:
@@ -290,9 +319,6 @@ class RunRecorder:
 
     def own_over_kernel(self) -> dict[str, float]:
         """Message bytes over those of TCP: what our count is worth.  Empty if not known."""
-        for (node, way), gap in self.meter.gaps().items():
-            if not gap.is_small:
-                log.warning("%s %s: %d bytes counted, %d by the kernel", node, way, *gap)
         total = self.bytes()
         if not total.get("tcp_up") or not total.get("tcp_down"):
             return {}
@@ -340,6 +366,8 @@ class RunRecorder:
             "bytes": total | {"per_client_round": {k: v / per for k, v in total.items()}},
             "bytes_by_kind": self.by_kind(),
             "own_over_kernel": self.own_over_kernel(),
+            "compared": a.compared,
+            "unexplained": msgspec.to_builtins(a.unexplained),
             "memory_bytes": a.peaks | {"over_inference": a.over_inference},
             "seconds": {
                 "total": a.seconds,

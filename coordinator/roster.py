@@ -43,6 +43,12 @@ class Member:
     def trains(self) -> bool:
         return self.hello.role == "train"
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it trains, and has answered all it was asked."""
+        a = self.allowance
+        return self.trains and self.version is not None and a.answers >= a.asked
+
     def add_costs(self, costs: tuple[Cost, ...]) -> None:
         """Keep each phase's highest resident peak, for the live view and the summary."""
         for cost in costs:

@@ -28,6 +28,7 @@ from protocol.wire import Frame
 
 Kind = Literal["model", "task", "update", "step", "evaluate", "control", "heartbeat", "handshake"]
 Way = Literal["up", "down"]
+Layer = Literal["zmtp", "curve"]
 Mechanism = Literal["null", "curve"]
 
 # What ZeroMQ says before the first message: the greeting (64), then commands, of which each
@@ -36,7 +37,6 @@ HANDSHAKE: dict[Mechanism, dict[Way, int]] = {
     "null": {"up": 64 + 43, "down": 64 + 43},  # READY
     "curve": {"up": 64 + 202 + 301, "down": 64 + 170 + 67},  # HELLO, INITIATE; WELCOME, READY
 }
-ON_ITS_WAY_BYTES = 1 << 21  # four chunks: what one side lets another have unread
 BOX_BYTES = 33  # CURVE makes a command of each frame: name 8, nonce 8, authenticator 16, flags 1
 
 
@@ -49,8 +49,16 @@ class Key(NamedTuple):
     kind: Kind
 
 
+class Around(NamedTuple):
+    """An account of what ZeroMQ puts around frames."""
+
+    node: str
+    way: Way
+    layer: Layer
+
+
 class Gap(NamedTuple):
-    """Where our own count and the kernel's differ, of one node and direction.
+    """Our own count beside the kernel's, of one node and direction.
 
     Attributes:
         ours: bytes of all messages, with framing, encryption and handshakes.
@@ -60,11 +68,6 @@ class Gap(NamedTuple):
     ours: int
     kernel: int
 
-    @property
-    def is_small(self) -> bool:
-        """Within 1 %, or what may be on its way just then: a few messages."""
-        return abs(self.ours - self.kernel) <= max(0.01 * self.kernel, ON_ITS_WAY_BYTES)
-
 
 class Meter:
     """Running totals; a reader takes differences.
@@ -73,27 +76,41 @@ class Meter:
         mechanism: how the connections are secured.
 
     Attributes:
+        around: what of the messages is framing and encryption.
         traffic: what the kernel says, by node; one that is not here is not counted by it.
+        moved: nodes of whose connections one has ended, or is not their first; whoever has
+            taken note takes them out.
     """
 
     def __init__(self, mechanism: Mechanism = "null") -> None:
         self.payload: Counter[Key] = Counter()
         self.message: Counter[Key] = Counter()
+        self.around: Counter[Around] = Counter()
         self.traffic: dict[str, Traffic] = {}
+        self.moved: set[str] = set()
         self._mechanism: Mechanism = mechanism
 
     def count(self, key: Key, frames: Sequence[Frame], payload: int) -> None:
         """Add one message."""
         self.payload[key] += payload
-        self.message[key] += sum(zmtp_bytes(len(frame), self._mechanism) for frame in frames)
+        sizes = [len(frame) for frame in frames]
+        total = sum(zmtp_bytes(size, self._mechanism) for size in sizes)
+        boxes = BOX_BYTES * len(sizes) if self._mechanism == "curve" else 0
+        self.message[key] += total
+        self.around[Around(key.node, key.way, "zmtp")] += total - boxes - sum(sizes)
+        self.around[Around(key.node, key.way, "curve")] += boxes
 
     def connected(self, node: str) -> None:
         """Add the handshake of one connection."""
+        if self.message[Key(node, "up", "handshake")]:
+            self.moved.add(node)
         for way, nbytes in HANDSHAKE[self._mechanism].items():
             self.message[Key(node, way, "handshake")] += nbytes
 
     def grown(self, growth: Growth) -> None:
         """Add what the kernel has counted; the coordinator's end sends down."""
+        if growth.is_last:
+            self.moved.add(growth.owner)
         self.traffic[growth.owner] = self.traffic.get(growth.owner, Traffic()).plus(growth)
 
     def merge(self, node: str) -> None:
@@ -103,6 +120,10 @@ class Meter:
                 for counter in (self.payload, self.message):
                     if (count := counter.pop(Key(node, way, kind), None)) is not None:
                         counter[Key(OTHERS, way, kind)] += count
+            for layer in get_args(Layer):
+                if (count := self.around.pop(Around(node, way, layer), None)) is not None:
+                    self.around[Around(OTHERS, way, layer)] += count
+        self.moved.discard(node)
         if (traffic := self.traffic.pop(node, None)) is not None:
             self.traffic[OTHERS] = self.traffic.get(OTHERS, Traffic()).merged(traffic)
 

@@ -54,6 +54,7 @@ class Growth(NamedTuple):
     resent: int | None
     rtt_seconds: float
     is_first: bool  # look at this connection
+    is_last: bool = False
 
 
 class Traffic(NamedTuple):
@@ -145,10 +146,12 @@ class Connections:
         found = []
         for peer, watched in list(self._watched.items()):
             reading = _read(watched.own)
+            is_over = reading is None or not reading.is_open
+            is_over |= _inode(watched.fd) != watched.inode
             if reading is not None:
-                found.append(_growth(watched.owner, watched.last, reading))
+                found.append(_growth(watched.owner, watched.last, reading, is_over))
                 watched.last = reading
-            if reading is None or not reading.is_open or _inode(watched.fd) != watched.inode:
+            if is_over:
                 self.forget(peer)
         return found
 
@@ -163,11 +166,11 @@ class Connections:
             self.forget(peer)
 
 
-def _growth(owner: str, old: Reading | None, new: Reading) -> Growth:
+def _growth(owner: str, old: Reading | None, new: Reading, is_last: bool) -> Growth:
     before = old or Reading(0, 0, 0, 0, 0.0, True)
     resent = None if new.resent is None else new.resent - (before.resent or 0)
     sent, received = new.sent - before.sent, new.received - before.received
-    return Growth(owner, sent, received, resent, new.rtt_seconds, old is None)
+    return Growth(owner, sent, received, resent, new.rtt_seconds, old is None, is_last)
 
 
 def duplicate(fd: int) -> socket.socket | None:

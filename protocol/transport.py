@@ -175,6 +175,10 @@ class Router:
         peer = Peer(first.bytes, key, int(first.get(zmq.SRCFD)))
         return peer, self._socket.recv_multipart() if first.more else []
 
+    def is_drained(self) -> bool:
+        """Whether no message waits to be received."""
+        return not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN
+
     def watch(self, peer: Peer, owner: str) -> None:
         """A peer has logged in: its connection is kept, and the kernel's counts are ``owner``'s.
 

@@ -88,6 +88,9 @@ class FakeNet:
         self.gone.add(peer.id if isinstance(peer, Peer) else peer)
         self.has_lost_one = True
 
+    def is_drained(self) -> bool:
+        return not any(at <= self.now for at, _, _ in self.deliveries)
+
     def lost_one(self) -> bool:
         said, self.has_lost_one = self.has_lost_one, False
         return said
