@@ -92,9 +92,8 @@ class Oracle:
         del ranges
         return self.loss(x, batch), self._gradient
 
-    def losses(self, x: Any, direction: object, offsets: Any, batch: object) -> Any:
-        del direction
-        return tuple(self.loss(x, batch) + offset for offset in offsets)
+    def losses(self, x: Any, directions: Any, offsets: Any, batch: object) -> Any:
+        return [tuple(self.loss(x, batch) + offset for offset in offsets) for _ in directions]
 
     def add_(self, x: Any, alpha: float, direction: Any) -> None:
         kernels.add_direction_(x, alpha, direction)

@@ -81,10 +81,10 @@ def main() -> None:
         oracle.loss(w, batch)
 
     def pair() -> None:
-        oracle.losses(w, direction, (EPS, -EPS), batch)
+        oracle.losses(w, [direction], (EPS, -EPS), batch)
 
     def step() -> None:
-        plus, minus = oracle.losses(w, direction, (EPS, -EPS), batch)
+        plus, minus = oracle.losses(w, [direction], (EPS, -EPS), batch)[0]
         oracle.add_(w, -1e-9 * (plus - minus) / (2 * EPS), direction)
 
     plain, ours, both, mezo = alternate(

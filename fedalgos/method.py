@@ -68,9 +68,12 @@ class Oracle(Protocol):
         """f(x) and its derivative along each direction, in one forward pass (forward mode)."""
 
     def losses(
-        self, x: Vector, direction: Direction, offsets: Sequence[float], batch: Batch
-    ) -> tuple[float, ...]:
-        """f(x + s z) for each offset s; ``x`` is left bit for bit as it was."""
+        self, x: Vector, directions: Sequence[Direction], offsets: Sequence[float], batch: Batch
+    ) -> list[tuple[float, ...]]:
+        """f(x + s z) of each direction z for each offset s; ``x`` is left bit for bit as it was.
+
+        All directions of a step at once: whoever computes may share them out.
+        """
 
     def add_(self, x: Vector, alpha: float, direction: Direction) -> None:
         """X += alpha z in place."""

@@ -89,7 +89,7 @@ class TorchOracle:
             losses = []
             if not wanted:
                 return self.loss(x, batch), gradient
-            for part, share in self._shares(batch):
+            for part, share in batch.shares(self._compute.micro_batch):
                 loss = self._loss(part)
                 losses.append((float(loss.detach()), share))
                 for (start, stop), g in zip(
@@ -110,7 +110,7 @@ class TorchOracle:
         self._put(x)
         losses: list[tuple[float, float]] = []
         slopes = [0.0] * len(directions)
-        for part, share in self._shares(batch):
+        for part, share in batch.shares(self._compute.micro_batch):
             for at in range(0, len(directions), self._compute.directions):
                 group = directions[at : at + self._compute.directions]
                 loss, along = self._forward.run(self._flat, group, partial(self._loss, part))
@@ -122,14 +122,21 @@ class TorchOracle:
 
     @torch.no_grad()
     def losses(
-        self, x: torch.Tensor, direction: Direction, offsets: Sequence[float], batch: Batch
-    ) -> tuple[float, ...]:
+        self,
+        x: torch.Tensor,
+        directions: Sequence[Direction],
+        offsets: Sequence[float],
+        batch: Batch,
+    ) -> list[tuple[float, ...]]:
         """As ``Oracle.losses``.
 
         Raises:
             ModelError: the model reads a trained tensor outside of the module that owns it.
         """
-        return self._shifter.run(x, direction, offsets, lambda: self._mean_loss(batch))
+        return [
+            self._shifter.run(x, direction, offsets, lambda: self._mean_loss(batch))
+            for direction in directions
+        ]
 
     def add_(self, x: torch.Tensor, alpha: float, direction: Direction) -> None:
         device.add_(x, alpha, direction)
@@ -147,16 +154,8 @@ class TorchOracle:
         return self._task.loss(batch)
 
     def _mean_loss(self, batch: Batch) -> float:
-        return _mean((float(self._loss(part)), share) for part, share in self._shares(batch))
-
-    def _shares(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
-        """The batch in micro-batches, each with its share of the whole's weight."""
-        size = self._compute.micro_batch
-        if not size or len(batch) <= size:
-            yield batch, 1.0
-            return
-        for part in batch.parts(size):
-            yield part, part.weight / batch.weight
+        shares = batch.shares(self._compute.micro_batch)
+        return _mean((float(self._loss(part)), share) for part, share in shares)
 
     @contextmanager
     def _differentiating(

@@ -72,9 +72,21 @@ class Batch:
         A loss of the whole is the mean of the parts' losses by their weights.
         """
         for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            inputs = {k: v[rows] if torch.is_tensor(v) else v for k, v in self.inputs.items()}
-            yield Batch(inputs, self.labels[rows], self.counts[rows])
+            yield self.rows(start, start + size)
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Some of the rows, as they are padded here."""
+        rows = slice(start, stop)
+        inputs = {k: v[rows] if torch.is_tensor(v) else v for k, v in self.inputs.items()}
+        return Batch(inputs, self.labels[rows], self.counts[rows])
+
+    def shares(self, size: int) -> Iterator[tuple[Batch, float]]:
+        """Micro-batches of ``size`` rows, 0 for all, each with its share of the whole's weight."""
+        if not size or len(self) <= size:
+            yield self, 1.0
+            return
+        for part in self.parts(size):
+            yield part, part.weight / self.weight
 
 
 def pad(rows: Rows, filler: int, *, left: bool = False) -> npt.NDArray[np.int64]:

@@ -65,10 +65,11 @@ class Numpy(ABC):
         return self.loss(x, batch), [float(g @ z) for z in along]
 
     def losses(
-        self, x: Vector, direction: Direction, offsets: Sequence[float], batch: Batch
-    ) -> tuple[float, ...]:
-        wide, z = np.asarray(x, np.float64), direction.dense(len(x)).astype(np.float64)
-        return tuple(self.value(wide + s * z, batch) for s in offsets)
+        self, x: Vector, directions: Sequence[Direction], offsets: Sequence[float], batch: Batch
+    ) -> list[tuple[float, ...]]:
+        wide = np.asarray(x, np.float64)
+        along = [z.dense(len(x)).astype(np.float64) for z in directions]
+        return [tuple(self.value(wide + s * z, batch) for s in offsets) for z in along]
 
     def add_(self, x: Vector, alpha: float, direction: Direction) -> None:
         kernels.add_direction_(x, alpha, direction)

@@ -154,11 +154,16 @@ class Along(Quadratic):
     directions: tuple[tuple[float, float], ...] = ()
 
     def losses(
-        self, x: Vector, direction: noise.Direction, offsets: Sequence[float], batch: Batch
-    ) -> tuple[float, ...]:
+        self,
+        x: Vector,
+        directions: Sequence[noise.Direction],
+        offsets: Sequence[float],
+        batch: Batch,
+    ) -> list[tuple[float, ...]]:
         keys = [noise.key("direction", SEED, 1, -1, 0, k) for k in range(len(self.directions))]
-        z = np.array(self.directions[keys.index(direction.key)])
-        return tuple(self.value(np.asarray(x, np.float64) + s * z, batch) for s in offsets)
+        wide = np.asarray(x, np.float64)
+        along = [np.array(self.directions[keys.index(z.key)]) for z in directions]
+        return [tuple(self.value(wide + s * z, batch) for s in offsets) for z in along]
 
 
 def test_published_vector_13() -> None:

@@ -324,7 +324,7 @@ def test_perturbed_inference_reaches_the_head_in_every_chunk(kind: str) -> None:
     oracle = TorchOracle(trained, made)
     x, batch = oracle.initial(), made.encode(examples(TEXTS * 2))
     direction = Direction(3, ((0, len(x)),))
-    found = oracle.losses(oracle.start(x), direction, (0.01, -0.01), batch)
+    found = oracle.losses(oracle.start(x), [direction], (0.01, -0.01), batch)[0]
     for offset, loss in zip((0.01, -0.01), found, strict=True):
         moved = x + np.float32(offset) * direction.dense(len(x))
         assert loss == oracle.loss(torch.from_numpy(moved), batch)

@@ -143,7 +143,7 @@ def test_only_derivatives_in_forward_mode_try_modules_out() -> None:
     x = oracle.array(at("bert-tiny"))
     oracle.loss(x, batch("bert-tiny"))
     oracle.grad(x, batch("bert-tiny"))
-    oracle.losses(x, Direction(1, ((0, 9),)), (0.1, -0.1), batch("bert-tiny"))
+    oracle.losses(x, [Direction(1, ((0, 9),))], (0.1, -0.1), batch("bert-tiny"))
     assert len(calls) == 4
     oracle.jvp(x, [Direction(1, ((0, 9),))], batch("bert-tiny"))
     assert len(calls) > 5
@@ -163,8 +163,8 @@ def test_micro_batches_change_nothing_but_rounding(name: str) -> None:
     want_value, want_slopes = whole.jvp(theirs, along, batch(name))
     assert value == pytest.approx(want_value)
     assert slopes == pytest.approx(want_slopes, rel=1e-4)
-    points = parts.losses(ours, along[0], (0.1, -0.1), batch(name))
-    assert points == pytest.approx(whole.losses(theirs, along[0], (0.1, -0.1), batch(name)))
+    points = parts.losses(ours, [along[0]], (0.1, -0.1), batch(name))[0]
+    assert points == pytest.approx(whole.losses(theirs, [along[0]], (0.1, -0.1), batch(name))[0])
 
 
 def test_a_micro_batch_is_all_that_the_model_sees() -> None:
@@ -229,7 +229,7 @@ def test_jvp_along_nothing_is_zero() -> None:
 def test_losses_are_those_of_the_two_points(name: str) -> None:
     oracle = loaded(name)[2]
     x, direction = at(name), Direction(3, ((0, 50),))
-    plus, minus = oracle.losses(oracle.array(x), direction, (0.1, -0.1), batch(name))
+    plus, minus = oracle.losses(oracle.array(x), [direction], (0.1, -0.1), batch(name))[0]
     z = direction.dense(len(x))
     step = np.float32(0.1) * z
     assert plus == oracle.loss(oracle.array(x + step), batch(name))
@@ -245,7 +245,7 @@ def test_nothing_that_is_asked_changes_x(name: str) -> None:
     oracle.loss(x, batch(name))
     oracle.grad(x, batch(name))
     oracle.jvp(x, [direction], batch(name))
-    oracle.losses(x, direction, (0.1, -0.1), batch(name))
+    oracle.losses(x, [direction], (0.1, -0.1), batch(name))
     assert oracle.numpy(x).tobytes() == before
 
 

@@ -378,7 +378,7 @@ def test_perturbed_inference_is_to_the_bit_the_loss_of_the_moved_vector(
 ) -> None:
     m = Loaded(name, dtype, peft, data)
     direction = Direction(7, ((0, len(m.x)),))
-    found = m.oracle.losses(m.oracle.start(m.x), direction, (0.01, -0.01), m.batch)
+    found = m.oracle.losses(m.oracle.start(m.x), [direction], (0.01, -0.01), m.batch)[0]
     z = direction.dense(len(m.x))
     assert found == tuple(m.loss(m.x + np.float32(s) * z) for s in (0.01, -0.01))
     assert found[0] != found[1]

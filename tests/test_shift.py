@@ -76,7 +76,7 @@ def test_losses_are_to_the_bit_those_of_the_whole_moved_vector(name: str, kind: 
     m = Loaded(name, Peft(kind=kind, rank=2))
     w, direction = m.oracle.start(m.x), whole(m.x)
     for offsets in (OFFSETS, (0.02,), (0.0, 0.01, -0.3)):
-        found = m.oracle.losses(w, direction, offsets, m.batch)
+        found = m.oracle.losses(w, [direction], offsets, m.batch)[0]
         assert found == tuple(m.dense(m.x, direction, s) for s in offsets)
         assert len(set(found)) == len(offsets)
         m.oracle.start(m.x)
@@ -86,7 +86,7 @@ def test_losses_are_to_the_bit_those_of_the_whole_moved_vector(name: str, kind: 
 def test_over_a_bf16_base_the_trained_tensors_are_moved_in_fp32(kind: Any) -> None:
     m = Loaded("llama-tiny", Peft(rank=2), "bf16")
     direction = Direction(5, ((0, len(m.x)),), kind)
-    found = m.oracle.losses(m.oracle.start(m.x), direction, (0.5, -0.5), m.batch)
+    found = m.oracle.losses(m.oracle.start(m.x), [direction], (0.5, -0.5), m.batch)[0]
     assert found == tuple(m.dense(m.x, direction, s) for s in (0.5, -0.5))
 
 
@@ -94,7 +94,7 @@ def test_the_point_may_be_another_than_the_models_own() -> None:
     m = Loaded("gpt2-tiny", Peft(kind="full"))
     x = m.x + np.float32(0.01)
     direction = whole(x)
-    assert m.oracle.losses(torch.from_numpy(x), direction, OFFSETS, m.batch) == tuple(
+    assert m.oracle.losses(torch.from_numpy(x), [direction], OFFSETS, m.batch)[0] == tuple(
         m.dense(x, direction, s) for s in OFFSETS
     )
 
@@ -104,7 +104,7 @@ def test_a_direction_moves_its_ranges_and_nothing_else() -> None:
     cuts = ((3, 700), (20_000, 20_001), (len(m.x) - 900, len(m.x)))
     direction = Direction(9, cuts)
     w = m.oracle.start(m.x)
-    found = m.oracle.losses(w, direction, (0.5, -0.5), m.batch)
+    found = m.oracle.losses(w, [direction], (0.5, -0.5), m.batch)[0]
     assert found == tuple(m.dense(m.x, direction, s) for s in (0.5, -0.5))
 
 
@@ -114,7 +114,7 @@ def test_after_200_steps_of_rate_zero_every_weight_has_its_bits(name: str) -> No
     w, before = m.oracle.start(m.x), m.bits()
     own = [id(p) for p in m.trained.model.parameters()]
     for step in range(200):
-        plus, minus = m.oracle.losses(w, whole(m.x, step), OFFSETS, m.batch)
+        plus, minus = m.oracle.losses(w, [whole(m.x, step)], OFFSETS, m.batch)[0]
         m.oracle.add_(w, -0.0 * (plus - minus), whole(m.x, step))
     assert m.bits() == before
     assert [id(p) for p in m.trained.model.parameters()] == own
@@ -123,7 +123,7 @@ def test_after_200_steps_of_rate_zero_every_weight_has_its_bits(name: str) -> No
 
 def test_the_scratch_holds_the_largest_module_twice_and_no_vocabulary() -> None:
     m = Loaded("llama-tiny", Peft(kind="full"))
-    m.oracle.losses(m.oracle.start(m.x), whole(m.x), OFFSETS, m.batch)
+    m.oracle.losses(m.oracle.start(m.x), [whole(m.x)], OFFSETS, m.batch)
     sizes = [
         sum(p.numel() for p in module.parameters(recurse=False))
         for module in m.trained.model.modules()
@@ -147,7 +147,7 @@ def test_the_noise_of_a_module_is_drawn_once_for_all_offsets(
         shifted(x, direction, offsets, out, start)
 
     monkeypatch.setattr(device, "shifted", counted)
-    m.oracle.losses(m.oracle.start(m.x), whole(m.x), OFFSETS, m.batch)
+    m.oracle.losses(m.oracle.start(m.x), [whole(m.x)], OFFSETS, m.batch)
     assert len(set(drawn)) == len(drawn)
     vocabulary = 2 * 512 * 32  # of which only rows are drawn
     rows = len(m.batch.inputs["input_ids"].unique()) + len(PROMPT.words)
@@ -157,7 +157,7 @@ def test_the_noise_of_a_module_is_drawn_once_for_all_offsets(
 def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     m = Loaded("llama-tiny", Peft(kind="full"))
     w, before, direction = m.oracle.start(m.x), m.bits(), whole(m.x)
-    expected = m.oracle.losses(w, direction, OFFSETS, m.batch)
+    expected = m.oracle.losses(w, [direction], OFFSETS, m.batch)[0]
     calls = 0
     loss = m.task.loss
 
@@ -171,9 +171,9 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(m.task, "loss", failing)
         with pytest.raises(MemoryError, match="no room"):
-            m.oracle.losses(w, direction, OFFSETS, m.batch)
+            m.oracle.losses(w, [direction], OFFSETS, m.batch)
     assert m.bits() == before
-    assert m.oracle.losses(w, direction, OFFSETS, m.batch) == expected
+    assert m.oracle.losses(w, [direction], OFFSETS, m.batch)[0] == expected
 
 
 class Outer(nn.Module):

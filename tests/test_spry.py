@@ -56,7 +56,7 @@ def test_forward_gradient_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, (jvp,) = TV1.jvp(X1, [direction], None)
     assert [loss, jvp] == pytest.approx([1.495 - 0.75, -3.575])
     for h in (1e-2, 1.0):  # the central difference is exact on a quadratic
-        plus, minus = TV1.losses(X1, direction, (h, -h), None)
+        plus, minus = TV1.losses(X1, [direction], (h, -h), None)[0]
         assert (plus - minus) / (2 * h) == pytest.approx(-3.575)
     np.testing.assert_allclose(
         estimate(PLAIN, space_of(3), TV1, X1), [-3.575, -7.15, 3.575], rtol=1e-6

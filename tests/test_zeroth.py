@@ -89,10 +89,10 @@ class Counted(Quadratic):
         return super().loss(x, batch)
 
     def losses(
-        self, x: Vector, direction: Direction, offsets: Sequence[float], batch: Any
-    ) -> tuple[float, ...]:
-        self.asked.extend((direction.key, s) for s in offsets)
-        return super().losses(x, direction, offsets, batch)
+        self, x: Vector, directions: Sequence[Direction], offsets: Sequence[float], batch: Any
+    ) -> list[tuple[float, ...]]:
+        self.asked.extend((z.key, s) for z in directions for s in offsets)
+        return super().losses(x, directions, offsets, batch)
 
 
 def test_forward_shares_one_base_among_its_directions_and_central_takes_pairs() -> None:
