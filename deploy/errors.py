@@ -22,3 +22,9 @@ class HostError(DeployError):
     """A host cannot be reached, or a command there has failed."""
 
     exit_code = 13
+
+
+class LabError(DeployError):
+    """An emulated cluster cannot be made or changed as asked."""
+
+    exit_code = 14

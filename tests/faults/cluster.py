@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import seedwire
+from deploy.lab.network import Network
 from tests.faults import coordinator, groups, node
 from tests.faults.actor import die_with_parent
 from tests.faults.director import Director
 from tests.faults.faults import Fault, Moment
 from tests.faults.groups import Group
 from tests.faults.link import Link, Links
-from tests.faults.netns import Network, enter
+from tests.faults.netns import enter
 
 PATIENCE_SECONDS = 90.0
 POLL_SECONDS = 0.02

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import netns
+from deploy.lab.network import Link, Network, impossible
 from tests.faults.cluster import CHUNKED, NODES, Plan, run
 from tests.faults.faults import Fault, Partition
-from tests.faults.netns import Network
+from tests.faults.netns import network_of
 
-WHY = netns.impossible()
+WHY = impossible()
 pytestmark = [
     pytest.mark.net,
     pytest.mark.slow,
@@ -35,7 +35,7 @@ PHASES = [
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    with Network(["coordinator", "evaluator", *NODES]) as network:
+    with network_of(["coordinator", "evaluator", *NODES]) as network:
         yield network
 
 
@@ -54,7 +54,7 @@ def test_a_partition_during_every_phase_heals_without_loss(
 def test_a_link_of_1_mbit_slows_its_own_node_only(
     tmp_path: Path, network: Network, undisturbed: Digest
 ) -> None:
-    network.cap("node-2", "1mbit")
+    network.shape("node-2", Link(down=1_000_000, up=1_000_000))
     ended = run(Plan("dense", CHUNKED), tmp_path / "it", network)
     assert ended.digest == undisturbed("dense", CHUNKED)
     arrived = [line["node"] for line in ended.lines("costs.jsonl")]
