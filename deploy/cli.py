@@ -19,7 +19,7 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """SIGTERM ends us as Ctrl-C does, so that what we started is ended too.
 
     SIGINT is set as well: a shell starts its background jobs with it ignored.
@@ -57,7 +57,7 @@ def run(
     stamp = time.strftime("%Y%m%d-%H%M%S")
     where = directory or runs / f"{experiment.stem}-{stamp}"
     plan = local.Plan(experiment, nodes, where, tuple(set_ or ()), threads)
-    with _stoppable():
+    with stoppable():
         code = local.run(plan, _say)
     raise typer.Exit(code)
 
@@ -84,7 +84,7 @@ def sweep(
     """
     where = directory or Path("runs") / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     plan = Sweep(tuple(experiments), parse_over(over or ()), tuple(set_ or ()), nodes, where)
-    with _stoppable():
+    with stoppable():
         code = run_sweep(plan, _say)
     raise typer.Exit(code)
 
@@ -97,6 +97,6 @@ def demo(
     runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
 ) -> None:
     """Run four methods on one task, side by side, and compare what each truly cost."""
-    with _stoppable():
+    with stoppable():
         code = run_demo(quick, nodes, runs, _say)
     raise typer.Exit(code)
