@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo demo-quick experiments-quick test soak check format clean
+.PHONY: setup demo demo-quick experiments-quick test lab soak check format clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ experiments-quick: setup
 
 test: setup
 	$(BIN)/pytest
+
+# An emulated cluster, its limits, and runs over SSH on it; needs root, and says so.
+lab: setup
+	$(BIN)/pytest -m lab tests/lab
 
 # Every process killed at every phase, then 200 kills at random; the last line is the count.
 soak: setup
