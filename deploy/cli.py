@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,28 +10,8 @@ import typer
 
 from deploy import local
 from deploy.demo import run_demo
+from deploy.process import command_line
 from deploy.sweep import Sweep, parse_over, run_sweep
-
-INTERRUPTED = 130
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM ends us as Ctrl-C does, so that what we started is ended too.
-
-    SIGINT is set as well: a shell starts its background jobs with it ignored.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        del number, frame
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _say(text: str) -> None:
@@ -57,7 +34,7 @@ def run(
     stamp = time.strftime("%Y%m%d-%H%M%S")
     where = directory or runs / f"{experiment.stem}-{stamp}"
     plan = local.Plan(experiment, nodes, where, tuple(set_ or ()), threads)
-    with stoppable():
+    with command_line():
         code = local.run(plan, _say)
     raise typer.Exit(code)
 
@@ -84,7 +61,7 @@ def sweep(
     """
     where = directory or Path("runs") / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     plan = Sweep(tuple(experiments), parse_over(over or ()), tuple(set_ or ()), nodes, where)
-    with stoppable():
+    with command_line():
         code = run_sweep(plan, _say)
     raise typer.Exit(code)
 
@@ -97,6 +74,6 @@ def demo(
     runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
 ) -> None:
     """Run four methods on one task, side by side, and compare what each truly cost."""
-    with stoppable():
+    with command_line():
         code = run_demo(quick, nodes, runs, _say)
     raise typer.Exit(code)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from deploy.cli import stoppable
-from deploy.errors import DeployError
 from deploy.lab import file, lab
+from deploy.process import command_line
 
 lab_app = typer.Typer(
     name="lab",
@@ -24,16 +21,6 @@ Name = Annotated[str, typer.Argument(metavar="HOST")]
 DEFAULT = Path("lab.toml")
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        with stoppable():
-            yield
-    except DeployError as error:
-        typer.echo(f"seedwire: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
-
-
 def directory_of(path: Path) -> Path:
     """Where a lab's own files are: beside its file, named like it."""
     return path.with_suffix("") if path.suffix else path.with_name(f"{path.name}.d")
@@ -42,7 +29,7 @@ def directory_of(path: Path) -> Path:
 @lab_app.command()
 def up(path: FileArgument = DEFAULT) -> None:
     """Start the hosts; writes cluster.toml and ssh_config into the directory named like FILE."""
-    with _errors():
+    with command_line():
         directory = directory_of(path)
         lab.up(file.load(path), directory, lambda text: typer.echo(text, err=True))
         typer.echo(directory / "cluster.toml")
@@ -51,14 +38,14 @@ def up(path: FileArgument = DEFAULT) -> None:
 @lab_app.command()
 def down(path: FileArgument = DEFAULT) -> None:
     """Remove the hosts and all that runs on them; also what an `up` left that was killed."""
-    with _errors():
+    with command_line():
         lab.down(directory_of(path))
 
 
 @lab_app.command()
 def status(path: FileArgument = DEFAULT) -> None:
     """Show each host: whether it answers, its limits, what it has taken of its memory."""
-    with _errors():
+    with command_line():
         lines = [("host", "state", "address", "memory", "peak", "limit", "kills", "cores")]
         for each in lab.status(directory_of(path)):
             use, limit = each.use, each.host.memory or None
@@ -75,14 +62,14 @@ def status(path: FileArgument = DEFAULT) -> None:
 @lab_app.command()
 def cut(host: Name, path: FileOption = DEFAULT) -> None:
     """Cut a host off, as if its cable was pulled."""
-    with _errors():
+    with command_line():
         lab.cut(directory_of(path), host)
 
 
 @lab_app.command()
 def mend(host: Name, path: FileOption = DEFAULT) -> None:
     """Let a host that was cut off be reached again."""
-    with _errors():
+    with command_line():
         lab.mend(directory_of(path), host)
 
 
