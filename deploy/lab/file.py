@@ -78,12 +78,15 @@ class LabTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         network: of the hosts; this machine has its first address.
         coordinator: the host on which ``seedwire cluster`` starts it; "" is this machine.
         port: where it listens.
+        packages: whether the hosts' Python finds the packages of the one that runs this, torch
+            among them, as a board finds its vendor's.
         inventory: keys of every host's table in cluster.toml, as they are.
     """
 
     network: str = "10.66.0.0/24"
     coordinator: str = ""
     port: Annotated[int, Meta(ge=1, le=65535)] = 5555
+    packages: bool = True
     inventory: Mapping[str, Any] = {}
 
 
@@ -120,12 +123,14 @@ class Lab:
         bits: of the prefix of its network.
         here: this machine's address in it.
         coordinator: a host, or "" for this machine.
+        packages: whether the hosts' Python finds ours.
     """
 
     bits: int
     here: str
     coordinator: str
     port: int
+    packages: bool
     hosts: tuple[Host, ...]
 
 
@@ -168,7 +173,8 @@ def resolve(file: File) -> Lab:
         _host(name, table, address, file.lab.inventory)
         for (name, table), address in zip(tables.items(), others, strict=True)
     )
-    return Lab(network.prefixlen, here, file.lab.coordinator, file.lab.port, hosts)
+    table = file.lab
+    return Lab(network.prefixlen, here, table.coordinator, table.port, table.packages, hosts)
 
 
 def _convert(value: object, key: str, kind: type[S]) -> S:

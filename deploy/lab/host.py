@@ -11,6 +11,8 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,6 +31,9 @@ TOOLS = {
     "unshare": "util-linux",
 }
 NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+VERSION = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+PYTHON = f"{sys.base_prefix}/bin/{VERSION}"  # the machine's own, not that of a venv
 
 # Of the host's own directory: /run/host.  No PAM: it could move a login to another control group.
 SSHD_CONFIG = """\
@@ -86,6 +91,14 @@ def write(directory: Path, name: str, address: str, names: Mapping[str, str]) ->
     (directory / "hosts").write_text("\n".join(lines) + "\n")
     inside = INSIDE.format(name=name, directory=directory, home=home, sshd=tool("sshd"))
     (directory / "start.sh").write_text(inside)
+
+
+def share_packages(directory: Path) -> None:
+    """Let the host's Python find the packages of ours."""
+    site = directory / "home/.local/lib" / VERSION / "site-packages"
+    site.mkdir(parents=True)
+    paths = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    (site / "lab.pth").write_text("".join(f"{path}\n" for path in paths))
 
 
 def start(directory: Path, network: Path, groups: Iterable[Path]) -> subprocess.Popen[bytes]:

@@ -165,6 +165,8 @@ def _build(lab: Lab, directory: Path, say: Say) -> None:
     _make_keys(directory, files)
     for each in lab.hosts:
         host.write(files[each.name], each.name, each.address, network.addresses)
+        if lab.packages:
+            host.share_packages(files[each.name])
     network.build()
     has_netem = network.has_netem()
     absent = groups.absent()
@@ -209,7 +211,7 @@ def _write_inventory(lab: Lab, directory: Path) -> None:
     centre = hosts[lab.coordinator].address if lab.coordinator else lab.here
     endpoint = f"tcp://{centre}:{lab.port}"
     table = {
-        "cluster": {"ssh_config": "ssh_config"},
+        "cluster": {"ssh_config": "ssh_config", "python": host.PYTHON},
         "coordinator": {"host": lab.coordinator, "bind": endpoint, "address": endpoint},
         "hosts": {name: {"address": name, **h.inventory} for name, h in hosts.items()},
     }

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from deploy.lab.host import PYTHON
 from deploy.lab.lab import missing
 from tests.lab.emulated import NETWORK, Emulated, processes, things
 
@@ -75,6 +77,11 @@ def test_each_host_has_a_name_a_home_an_address_and_a_key_of_its_own(lab: Emulat
 def test_a_host_sees_its_own_processes_and_none_of_this_machines_daemons(lab: Emulated) -> None:
     assert lab.says("pi", "readlink /proc/1/exe").endswith("sshd")
     assert lab.says("pi", "ls /run").split() == ["host", "lock", "mount", "sshd"]
+
+
+def test_a_hosts_python_finds_our_packages(lab: Emulated) -> None:
+    ask = "import sys, msgspec; print(sys.prefix == sys.base_prefix, msgspec.__version__)"
+    assert lab.says("pi", f"{PYTHON} -c '{ask}'") == f"True {msgspec.__version__}"
 
 
 def test_hosts_know_each_other_by_name_and_us_by_address(lab: Emulated) -> None:
