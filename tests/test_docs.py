@@ -60,7 +60,9 @@ from protocol.process import INTERRUPTED
 DOCS = Path(__file__).parent.parent / "docs"
 MESSAGES: tuple[type[Message], ...] = (*get_args(ToCoordinator), *get_args(ToNode))
 METHODS: tuple[type[Settings], ...] = get_args(AnySettings)
-OPTIMISERS: tuple[type[Struct], ...] = tuple({*get_args(Local), *get_args(Server)})
+OPTIMISERS: tuple[type[Struct], ...] = tuple(
+    dict.fromkeys((*get_args(Local), *get_args(Server)))  # in the same order in each process
+)
 
 
 def page(name: str) -> str:
