@@ -16,12 +16,13 @@ from rich.console import Console
 
 from coordinator.begun import Begun, begin, read
 from coordinator.evaluator import Evaluator
+from coordinator.executor import Settings
 from coordinator.guard import Guard
 from coordinator.journal import Journal
 from coordinator.limits import Quiet
 from coordinator.live import Live, write_whole
 from coordinator.record import RunRecorder
-from coordinator.server import Server, Settings
+from coordinator.server import Server
 from coordinator.state import Finished, Policy
 from coordinator.view import View
 from fedalgos import registry, robust

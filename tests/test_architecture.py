@@ -33,7 +33,7 @@ PURE = sorted(
         "coordinator/state.py",
         "coordinator/cohort.py",
         "coordinator/deadline.py",
-        "coordinator/budget.py",
+        *(f"coordinator/{m}.py" for m in ("budget", "checks", "norms", "oom")),
     )
     if (ROOT / name).exists()
 )

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import archive, eventlog, rounds, server
+from coordinator import archive, eventlog, executor, rounds
 from coordinator.journal import Journal
 from coordinator.state import State
 from protocol.messages import Task
@@ -115,14 +115,14 @@ def story(run: Run) -> tuple[Any, ...]:
         for line in run.open.logged("metrics.jsonl")
     ]
     costs = len((run.directory / "costs.jsonl").read_text().splitlines())
-    norms, _ = run.server._norms.known()
+    norms, _ = run.server.executor.intake.norms.known()
     return summary["digest"], summary["rounds"], summary["rejected"], lines, costs, norms
 
 
 @contextmanager
 def saving_every(seconds: float) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "SAVE_SECONDS", seconds)
+        patch.setattr(executor, "SAVE_SECONDS", seconds)
         yield
 
 
@@ -181,7 +181,7 @@ def test_a_kill_at_each_message_with_everything_saved_loses_no_update_and_no_mea
             run, number = start(Path(name, "run"), method), number + 1
             if killed_at(run, number):
                 run = resumed(run, method)
-                held.append(len(run.server._updates))
+                held.append(len(run.server.executor.intake.updates))
             with closing(run.open):
                 assert story(run) == undisturbed[method]
     assert set(held) == {0, 1, 2, 3}

@@ -18,10 +18,11 @@ from coordinator import eventlog, rounds
 from coordinator import events as kinds
 from coordinator.central import Central
 from coordinator.desk import SETTLE_SECONDS
+from coordinator.executor import Settings
 from coordinator.journal import Journal
 from coordinator.record import RunRecorder
 from coordinator.run import TURN_SECONDS, policy
-from coordinator.server import Server, Settings
+from coordinator.server import Server
 from coordinator.state import Evaluating, Gathering, State
 from fedalgos import registry
 from fedalgos.method import Assignment, Work
@@ -122,7 +123,9 @@ class Run:
         self.until(lambda: self.server.finished is not None)
         assert self.server.finished is not None
         assert self.server.central is not None
-        assert self.server._updates == {}  # whatever happened, nothing is left behind
+        assert (
+            self.server.executor.intake.updates == {}
+        )  # whatever happened, nothing is left behind
         failure, ended = self.server.finished.reason, self.server.state.ended
         return self.recorder.finish(self.server.central, failure, ended)
 
