@@ -47,9 +47,9 @@ METHODS = {
 EXPERIMENT = """
 [run]
 name = "{method}"
-seed = 5
+seed = {seed}
 [model]
-id = "tiny:{size}"
+id = "{model}:{size}"
 [data]
 id = "none.csv"
 [partition]
@@ -76,8 +76,10 @@ class Plan:
     """A run.
 
     Attributes:
-        method: a key of ``METHODS``.
-        size: trained numbers.
+        method: a key of ``METHODS``, or any name where there are ``settings``.
+        size: of the model: trained numbers, or LoRA pairs.
+        model: see ``trainee.MODELS``.
+        settings: lines of the method's table.
         script: what goes wrong.
         linked: nodes that connect through a proxy.
         left_down: processes that are not started again.
@@ -90,6 +92,9 @@ class Plan:
 
     method: str = "scalar"
     size: int = 24
+    model: str = "tiny"
+    settings: str = ""
+    seed: int = 5
     rounds: int = 3
     script: Sequence[Fault] = ()
     linked: Collection[str] = ()
@@ -107,7 +112,12 @@ class Plan:
     def write(self, path: Path) -> None:
         """The experiment file."""
         numbers = {"size": self.size, "rounds": self.rounds, "more": self.more}
-        numbers |= {"settings": METHODS[self.method], "patience_seconds": self.patience_seconds}
+        numbers |= {"settings": self.settings or METHODS[self.method]}
+        numbers |= {
+            "model": self.model,
+            "seed": self.seed,
+            "patience_seconds": self.patience_seconds,
+        }
         numbers |= {"heartbeat_seconds": self.heartbeat_seconds}
         numbers |= {"deadline_seconds": self.deadline_seconds}
         numbers |= {"return_seconds": self.return_seconds}
@@ -245,6 +255,14 @@ class Cluster:
         make = multiprocessing.get_context("spawn") if self.is_cold else _forks()
         self.processes[name] = process = make.Process(target=_be, args=args, daemon=True)
         process.start()
+
+    def exit_code(self, name: str) -> int:
+        """How a process ends that must, in good time."""
+        process = self.processes[name]
+        process.join(PATIENCE_SECONDS)
+        code: int | None = process.exitcode
+        assert code is not None, f"{name} does not end{self.logs()}"
+        return code
 
     def logs(self) -> str:
         """What every process has said lately, and where it is."""

@@ -27,15 +27,6 @@ def resume(directory: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def exit_code(cluster: Cluster, who: str) -> int:
-    """How a process ends, in good time."""
-    process = cluster.processes[who]
-    process.join(PATIENCE_SECONDS)
-    code: int | None = process.exitcode
-    assert code is not None, f"{who} does not end{cluster.logs()}"
-    return code
-
-
 def test_a_disk_that_is_full_stops_the_run_with_one_line_and_it_goes_on_when_there_is_room(
     tmp_path: Path, undisturbed: Callable[[str, int], str]
 ) -> None:
@@ -44,7 +35,7 @@ def test_a_disk_that_is_full_stops_the_run_with_one_line_and_it_goes_on_when_the
         with mounted(directory, 3 << 20):
             for who in ("coordinator", "evaluator", "node-0", "node-1", "node-2"):
                 cluster.start(who)
-            assert exit_code(cluster, "coordinator") == 9
+            assert cluster.exit_code("coordinator") == 9
             log = (tmp_path / "it" / "logs" / "coordinator.log").read_text()
             (told,) = (line for line in log.splitlines() if line.startswith("seedwire:"))
             assert "full" in told or "No space left" in told
@@ -52,7 +43,7 @@ def test_a_disk_that_is_full_stops_the_run_with_one_line_and_it_goes_on_when_the
             command("mount", "-o", f"remount,size={64 << 20}", directory)
             cluster.start("coordinator")
             cluster.follow(lambda: cluster.processes["coordinator"].exitcode == 0)
-            assert all(exit_code(cluster, who) == 0 for who in ("node-0", "node-1", "node-2"))
+            assert all(cluster.exit_code(who) == 0 for who in ("node-0", "node-1", "node-2"))
             summary = (directory / "summary.json").read_text()
     assert f'"digest": "{undisturbed("dense", CHUNKED)}"' in summary
     assert '"resumed": 1' in summary
@@ -70,7 +61,7 @@ def test_one_coordinator_at_a_time_has_a_run_and_none_after_its_end(tmp_path: Pa
         assert (code, said) == (9, f"seedwire: another coordinator is running {directory}\n")
         for who in ("evaluator", "node-0", "node-1", "node-2"):
             cluster.start(who)
-        assert exit_code(cluster, "coordinator") == 0
+        assert cluster.exit_code("coordinator") == 0
     assert resume(directory) == (0, "run: completed, nothing to resume\n")
     before = (directory / "journal.sqlite").read_bytes()
     (directory / "journal.sqlite").write_bytes(before[:4096] + b"\xff" * 64 + before[4160:])

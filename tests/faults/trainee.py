@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedalgos.method import Batch
+from fedalgos.space import ParamSpace
 from node.engine import Setup
 from node.partition import Indices
 from node.trainee import Scored
@@ -18,6 +19,26 @@ from tests.faults.actor import Actor
 from tests.oracles import Exact, Numpy
 
 EXAMPLES = 12  # of each client
+RANK = 2  # of a LoRA pair; the experiment's own is not asked
+
+
+def tensors(size: int) -> tuple[TensorInfo, ...]:
+    """Two units of ``size`` numbers together."""
+    half = size // 2
+    return tuple(TensorInfo(name, (n,), name) for name, n in (("a", half), ("b", size - half)))
+
+
+def pairs(size: int) -> tuple[TensorInfo, ...]:
+    """As many LoRA pairs, each of a 3 by 2 weight."""
+    shapes = {"lora_A": (RANK, 2), "lora_B": (3, RANK)}
+    return tuple(
+        TensorInfo(f"t{i}.{part}.weight", shape, f"t{i}")
+        for i in range(size)
+        for part, shape in shapes.items()
+    )
+
+
+MODELS = {"tiny": tensors, "lora": pairs}
 
 
 @dataclass(frozen=True)
@@ -35,7 +56,7 @@ class Bowl(Numpy):
 
 
 class Tiny:
-    """Implements ``node.trainee.Trainee``; ``model.id`` is "tiny:SIZE".
+    """Implements ``node.trainee.Trainee``; ``model.id`` is "MODEL:SIZE", a key of ``MODELS``.
 
     Says when it is loaded, when it trains and when it evaluates.
     """
@@ -43,10 +64,9 @@ class Tiny:
     def __init__(self, experiment: Experiment, setup: Setup, actor: Actor) -> None:
         del setup
         actor.at("load")
-        self._size, self._actor = int(experiment.model.id.removeprefix("tiny:")), actor
-        half = self._size // 2
-        sizes = {"a": half, "b": self._size - half}
-        self.infos = tuple(TensorInfo(name, (n,), name) for name, n in sizes.items())
+        model, size = experiment.model.id.split(":")
+        self.infos = MODELS[model](int(size))
+        self._size, self._actor = ParamSpace.of(self.infos).size, actor
         self.oracle = Bowl(self._size)
 
     def initial(self) -> Flat:
