@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files go to whichever of the processes is free, in order: the long ones, tests/faults, first.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo demo-quick experiments-quick test lab soak check format clean
 
@@ -26,7 +28,7 @@ experiments-quick: setup
 	$(BIN)/python scripts/experiments.py $(addprefix experiments/,baffle decomfl fedkseed fedmezo ferret)
 
 test: setup
-	$(BIN)/pytest
+	$(PYTEST)
 
 # An emulated cluster, its limits, and runs over SSH on it; needs root, and says so.
 lab: setup
@@ -41,7 +43,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
-	$(BIN)/pytest
+	$(PYTEST)
 
 format: setup
 	$(BIN)/ruff format .

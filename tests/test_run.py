@@ -128,7 +128,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def test_the_same_digest_comes_of_separate_processes_though_one_is_killed_and_comes_back(
     experiment: Path, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    overrides = ["method.steps=100", "nodes.return_seconds=60.0"]
+    overrides = ["method.steps=100", "nodes.return_seconds=600.0"]
     calm = run(experiment, tmp_path / "calm", *overrides)
     assert calm["status"] == "completed"
     assert calm["rounds"] == 2
