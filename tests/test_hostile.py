@@ -240,6 +240,16 @@ def test_an_update_of_another_run_or_round_is_stale_and_its_payload_is_not_pulle
     assert {r.reason for r in a.told(Reject)} == {"stale: attempt 7, now 0"}
 
 
+def test_an_update_before_there_are_parameters_is_stale(make: Make) -> None:
+    run = make()
+    a = Peer(run, "a", 0, 1).login()
+    run.until(lambda: any(member.version is not None for member in run.server.desk.roster))
+    a.say(*a.update(Task(round=1, attempt=0, client=0, version=0)))
+    run.until(lambda: bool(a.told(Reject)))
+    assert run.server.central is None
+    assert run.recorder.num_rejected == {"no round is open": 1}
+
+
 def test_a_node_that_pulls_more_than_it_was_offered_is_stopped(make: Make) -> None:
     run = make(LARGE, method=AVG, rounds={"quorum": 2})
     a, b, _ = two_nodes(run)
