@@ -12,6 +12,7 @@ from coordinator.cli import coordinator
 from coordinator.commands import down, list_, log, report, saving, serve, stop, watch
 from coordinator.keys_commands import keys_app
 from deploy.cli import demo, run, sweep
+from deploy.cluster_cli import cluster_app
 from deploy.lab.cli import lab_app
 from node.cli import fetch, memory, node, profile
 
@@ -29,6 +30,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(fetch, memory, profile),
 )
 app.add_typer(keys_app)
+app.add_typer(cluster_app)
 app.add_typer(lab_app)
 for command in COMMANDS:
     app.command(command.__name__.rstrip("_"))(command)

@@ -62,6 +62,18 @@ def enroll(
 
 
 @keys_app.command()
+def public(where: Where = None) -> None:
+    """Print the coordinator's public key, which its nodes trust; made if there is none."""
+    with command_line():
+        from coordinator import enrolled
+        from protocol import keys
+
+        directory = where or keys.default_directory()
+        enrolled.own_pair(directory)
+        typer.echo((directory / f"{keys.COORDINATOR}.pub").read_text(), nl=False)
+
+
+@keys_app.command()
 def revoke(
     node: Annotated[str, typer.Argument(help="The node's name.")], where: Where = None
 ) -> None:

@@ -20,6 +20,7 @@ from deploy.errors import InventoryError
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"  # as a node may be called; $ lets "\n" in
 ENDPOINT = r"^tcp://[^\s/]+:[0-9]{1,5}\Z"
 NOBODY = "none"
+RESERVED = ("coordinator", "evaluator")  # names of keys and processes that a run makes itself
 
 Word = Annotated[str, Meta(pattern=r"^([^-\s]\S*)?\Z")]  # no option of ssh, no second argument
 RemotePath = Annotated[str, Meta(pattern=r"^((~|/)[^\n]*)?\Z")]
@@ -261,6 +262,8 @@ def _contradiction(inventory: Inventory) -> str | None:
         if host.name in names:
             return f"hosts.{host.name}: there is one of this name already"
         names.add(host.name)
+        if host.name in RESERVED:
+            return f"hosts.{host.name}: the name {host.name} is reserved"
         place = (host.address, host.user, host.port, host.directory)
         if place in places:
             return f"hosts.{host.name}: the same address and directory as {places[place]}"

@@ -75,7 +75,7 @@ def run(plan: Plan, say: Say) -> int:
     with tempfile.TemporaryDirectory(prefix="seedwire-keys-") as keys:  # mode 700
         plan = replace(plan, keys=Path(keys))
         token = ["keys", "token", "--keys", keys, "--uses", str(plan.nodes), "--valid", "1d"]
-        made = _start(["seedwire", *token, "--out", str(plan.token)], None)
+        made = start(["seedwire", *token, "--out", str(plan.token)], None)
         try:
             return made.wait() or _run(plan, say)
         finally:
@@ -88,9 +88,9 @@ def _run(plan: Plan, say: Say) -> int:
     command += ["--keys", str(plan.keys)]
     for override in plan.overrides:
         command += ["--set", override]
-    cluster = Cluster(_start(command, None))
+    cluster = Cluster(start(command, None))
     try:
-        announced = _announcement(plan.directory, cluster.coordinator)
+        announced = announcement(plan.directory, cluster.coordinator)
         if announced is None:
             return cluster.coordinator.wait()
         for name, clients in _deal(announced["clients"], plan.nodes).items():
@@ -104,7 +104,8 @@ def _run(plan: Plan, say: Say) -> int:
         stop([cluster.coordinator, *(node.process for node in cluster.nodes.values())])
 
 
-def _start(arguments: list[str], log: Path | None) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], log: Path | None) -> subprocess.Popen[bytes]:
+    """Start a module of ours, with its output in a log or, without one, as our own."""
     command = [sys.executable, "-m", *arguments]
     env = os.environ | {"PYTHONSAFEPATH": "1"}  # a folder "node" in here must not shadow ours
     with (log or Path(os.devnull)).open("ab") as file:
@@ -125,14 +126,14 @@ def _start_node(plan: Plan, name: str, clients: str, endpoint: str) -> subproces
     command += ["--threads", str(threads), "--lifeline"]
     command += ["--state", str(plan.directory / "state" / name)]
     command += ["--keys", str(plan.keys), "--token-file", str(plan.token)]
-    return _start(command, _log(plan.directory, name))
+    return start(command, _log(plan.directory, name))
 
 
 def _log(directory: Path, name: str) -> Path:
     return directory / "logs" / f"{name}.log"
 
 
-def _announcement(directory: Path, coordinator: subprocess.Popen[bytes]) -> dict[str, Any] | None:
+def announcement(directory: Path, coordinator: subprocess.Popen[bytes]) -> dict[str, Any] | None:
     """What the coordinator says once it listens, or None when it ended before."""
     path = directory / "coordinator.json"
     while coordinator.poll() is None:

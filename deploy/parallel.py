@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -12,6 +12,8 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 
 from deploy.errors import DeployError
 from deploy.ssh import Remote
+
+TURN_SECONDS = 0.2  # a signal may reach another thread than the one that waits
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -27,7 +29,7 @@ class Outcome(Generic[T]):
     """
 
     done: dict[str, T] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, DeployError] = field(default_factory=dict)
 
 
 def each(
@@ -48,18 +50,20 @@ def each(
     console = console or Console(stderr=True)
     lines = _Lines(console, [remote.host.name for remote in hosts])
     outcome: Outcome[T] = Outcome()
+    futures: dict[str, Future[T]] = {}
     with lines.progress, ThreadPoolExecutor(max(1, len(hosts))) as pool:
-        futures: Mapping[str, Future[T]] = {
-            remote.host.name: pool.submit(lines.follow, remote, function) for remote in hosts
-        }
         try:
-            for name, future in futures.items():
-                if isinstance(error := future.exception(), DeployError):
-                    outcome.failed[name] = str(error)
+            for remote in hosts:
+                futures[remote.host.name] = pool.submit(lines.follow, remote, function)
+            while wait(futures.values(), TURN_SECONDS).not_done:
+                pass
         except BaseException:  # Ctrl-C: not to wait for what hosts are doing
             for remote in hosts:
                 remote.abort()
             raise
+    for name, future in futures.items():
+        if isinstance(error := future.exception(), DeployError):
+            outcome.failed[name] = error
     for name, future in futures.items():
         if name not in outcome.failed:
             outcome.done[name] = future.result()

@@ -7,8 +7,11 @@ All commands of one ``remotes`` block share one login per host.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -59,6 +62,9 @@ class Done:
 class Remote:
     """One host, to run commands on.
 
+    Attributes:
+        aborted: nothing more is to be done here.
+
     Args:
         host: of the inventory.
         sockets: a private directory where logins are shared; without it each command is
@@ -70,7 +76,7 @@ class Remote:
         self._sockets = sockets
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
-        self._is_aborted = False
+        self.aborted = threading.Event()
 
     @property
     def options(self) -> list[str]:
@@ -153,9 +159,9 @@ class Remote:
     def abort(self) -> None:
         """End what runs, and start nothing more."""
         with self._lock:
-            self._is_aborted = True
+            self.aborted.set()
             for process in self._running:
-                process.kill()
+                _kill(process)
 
     def close(self) -> None:
         """End the shared login."""
@@ -167,7 +173,7 @@ class Remote:
         # Standard error is a file: the process that keeps the login would hold a pipe open.
         with tempfile.TemporaryFile() as err:
             with self._lock:
-                if self._is_aborted:
+                if self.aborted.is_set():
                     raise HostError("interrupted")
                 process = subprocess.Popen(  # noqa: S603
                     command,
@@ -183,11 +189,11 @@ class Remote:
                 raise HostError(f"no answer within {timeout:.0f} s") from None
             finally:
                 if process.poll() is None:
-                    process.kill()
+                    _kill(process)
                     process.communicate()
                 with self._lock:
                     self._running.discard(process)
-            if self._is_aborted:
+            if self.aborted.is_set():
                 raise HostError("interrupted")
             err.seek(0)
             return Done(process.returncode, out, err.read())
@@ -204,6 +210,12 @@ def quote(word: str) -> str:
     if word == "~":
         return word
     return f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its children, such as the ssh of an rsync: the session is its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _last_line(output: bytes) -> str:

@@ -82,6 +82,7 @@ def test_a_venv_that_exists_is_used() -> None:
         ({"hosts": {}}, "no hosts: want"),
         ({"hosts": []}, "hosts: want tables"),
         ({"hosts": {"a b": {"address": "a"}}}, "hosts.a b: want up to 63"),
+        ({"hosts": {"evaluator": {"address": "a"}}}, "hosts.evaluator: the name"),
         ({"hosts": {"a": {}}}, "hosts.a: Object missing required field `address`"),
         ({"hosts": {"a": {"address": "-oProxyCommand=x"}}}, "hosts.a.address: Expected"),
         ({"hosts": {"a": {"address": "a b"}}}, "hosts.a.address: Expected"),
