@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Files go to whichever of the processes is free, in order: the long ones, tests/faults, first.
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo demo-quick experiments-quick test lab soak check format clean
+.PHONY: setup demo demo-quick demo-all experiments-quick test lab soak check format clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ demo: setup
 
 demo-quick: setup
 	$(BIN)/seedwire demo --quick
+
+# Every method on the demo's task, one report at the end.
+demo-all: setup
+	$(BIN)/seedwire demo --all
 
 # Seed 1 of the miniatures whose whole table is made so; half an hour on two cores.
 experiments-quick: setup
