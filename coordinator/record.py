@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 SUMMARY_VERSION = 1
 PEAKS = ("rss", "cuda", "reserved")  # of a cost, in bytes
 LINES = ("metrics.jsonl", "costs.jsonl", "bytes.jsonl", "catch-up.jsonl")
-IDLE = ("wait", "transfer")  # phases in which a node does not compute
+IDLE = ("wait", "transfer", "upload")  # phases in which a node does not compute
 PACKAGES = (
     *("seedwire", "torch", "transformers", "tokenizers", "peft", "safetensors", "datasets"),
     *("flwr-datasets", "pyarrow", "pyzmq", "msgpack", "msgspec", "numpy"),

@@ -20,6 +20,7 @@ import msgspec
 
 from node.engine import Engine, Outcome, Setup
 from node.machine import Machine
+from node.uploads import Uploads
 from protocol import experiment as experiments
 from protocol.blobs import INLINE_BYTES, Inbox, Outbox
 from protocol.errors import NetworkError, RefusedError
@@ -110,6 +111,7 @@ class Session:
         self._machine = Machine()
         self._vitals_at = -math.inf
         self._transfer_seconds = 0.0  # of payloads pulled since the last update
+        self._uploads = Uploads(time.monotonic)
         self._dealer = Dealer(endpoint, identity)
         self._nodes = Nodes()
         self._engine: Engine | None = None
@@ -138,6 +140,7 @@ class Session:
                 self._receive(frames)
             for outcome in self._engine.take() if self._engine else []:
                 self._send_out(outcome)
+            self._uploads.look(self._dealer, self._outbox)
             self._keep_alive()
 
     def leave(self, reason: str) -> bool:
@@ -152,7 +155,8 @@ class Session:
 
     def _next_due(self) -> float:
         quiet = self._heard + (self._nodes.patience_seconds if self._is_in else self._backoff)
-        return min(quiet, self._beat_at + self._nodes.heartbeat_seconds)
+        beat_at = self._beat_at + self._nodes.heartbeat_seconds
+        return min(quiet, beat_at, self._uploads.next_look())
 
     def _keep_alive(self) -> None:
         now = time.monotonic()
@@ -195,6 +199,7 @@ class Session:
         """What was on its way on the old connection is asked for anew."""
         self._inbox.forget(COORDINATOR)
         self._outbox = Outbox()
+        self._uploads.forget()
         self._jobs.clear()
 
     # --- messages ----------------------------------------------------------------
@@ -299,7 +304,10 @@ class Session:
         if data is not None and len(data) > INLINE_BYTES:
             blob = self._outbox.put(data, once=True)
             message, data = msgspec.structs.replace(message, blob=blob), None
+        began = time.monotonic()
         self._send(message, data)
+        if isinstance(message, Update):
+            self._uploads.began(began, message.blob)
 
     def _with_vitals(self, message: Message) -> Message:
         """With what this thread has measured, where there is a place for it."""
@@ -307,6 +315,9 @@ class Session:
             spent = Cost("transfer", self._transfer_seconds)
             message = msgspec.structs.replace(message, costs=(*message.costs, spent))
             self._transfer_seconds = 0.0
+        if isinstance(message, Update) and (seconds := self._uploads.take()) is not None:
+            costs = (*message.costs, Cost("upload", seconds))
+            message = msgspec.structs.replace(message, costs=costs)
         now = time.monotonic()
         if isinstance(message, Ready | Update) and now >= self._vitals_at + VITALS_SECONDS:
             self._vitals_at = now

@@ -45,6 +45,10 @@ class Outbox:
             self._once.add(self._next)
         return self._next
 
+    def holds(self, blob: int) -> bool:
+        """Whether there is still something of it to be pulled."""
+        return blob in self._blobs
+
     def drop(self, blob: int) -> None:
         """Withdraw; a pull that is still under way is told ``gone``."""
         self._blobs.pop(blob, None)

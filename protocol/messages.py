@@ -34,7 +34,16 @@ Joules = Annotated[float, Meta(ge=0, le=1e12)]
 Celsius = Annotated[float, Meta(ge=-273.15, le=1000)]
 
 Phase = Literal[
-    "bare", "load", "inference", "catch-up", "train", "encode", "evaluate", "wait", "transfer"
+    "bare",
+    "load",
+    "inference",
+    "catch-up",
+    "train",
+    "encode",
+    "evaluate",
+    "wait",
+    "transfer",
+    "upload",
 ]
 
 

@@ -141,6 +141,12 @@ class Connections:
     def watches(self, peer: Hashable) -> bool:
         return peer in self._watched
 
+    def acked(self, peer: Hashable) -> int | None:
+        """Bytes that the other end has acknowledged since the connection was made."""
+        watched = self._watched.get(peer)
+        reading = _read(watched.own) if watched is not None else None
+        return None if reading is None else reading.acked
+
     def grown(self) -> list[Growth]:
         """What was added since the last call, of connections that have ended for the last time."""
         found = []

@@ -23,7 +23,7 @@ import zmq
 from protocol import tcp, zap
 from protocol.errors import KeyRefusedError, NetworkError, RefusedError
 from protocol.keys import Identity
-from protocol.meter import Mechanism
+from protocol.meter import HANDSHAKE, Mechanism, zmtp_bytes
 from protocol.wire import MAX_BODY_BYTES, MAX_INLINE_BYTES, Frame, Peer
 
 log = logging.getLogger(__name__)
@@ -297,6 +297,9 @@ class Dealer:
         endpoint: the coordinator's.
         identity: this node's key pair and the coordinator's public key; without one
             nothing is encrypted.
+
+    Attributes:
+        sent_bytes: of all messages handed on on this connection, with what is put around them.
     """
 
     def __init__(self, endpoint: str, identity: Identity | None = None) -> None:
@@ -304,6 +307,7 @@ class Dealer:
         self._endpoint, self._identity = endpoint, identity
         self._connections, self._traffic = tcp.Connections(), tcp.Traffic()
         self._num_failures = 0  # of handshakes, in a row
+        self._mechanism: Mechanism = "null" if identity is None else "curve"
         try:
             self._connect()
         except NetworkError:
@@ -321,6 +325,7 @@ class Dealer:
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, own.secret)
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, bytes.fromhex(self._identity.coordinator))
         self._monitor, self._has_lost_one = _Monitor(self._socket), False
+        self.sent_bytes = HANDSHAKE[self._mechanism]["up"]
         try:
             self._socket.connect(self._endpoint)
         except zmq.ZMQError as error:
@@ -417,7 +422,12 @@ class Dealer:
             self._socket.send_multipart(list(frames), zmq.NOBLOCK, copy=True)
         except zmq.Again:
             return False
+        self.sent_bytes += sum(zmtp_bytes(len(frame), self._mechanism) for frame in frames)
         return True
+
+    def acked_bytes(self) -> int | None:
+        """Of ``sent_bytes`` those that the coordinator's kernel has; None where ours cannot say."""
+        return self._connections.acked(_COORDINATOR)
 
     def close(self) -> None:
         """Close, after what was sent has left or ``LINGER_MS`` have passed."""

@@ -31,6 +31,7 @@ PHASES = [
     ("coordinator", "commit", 2),
     ("evaluator", "evaluate", 0),
 ]
+BURST_BYTES = 16_384  # that a capped link lets through at once
 
 
 @pytest.fixture
@@ -59,3 +60,11 @@ def test_a_link_of_1_mbit_slows_its_own_node_only(
     assert ended.digest == undisturbed("dense", CHUNKED)
     arrived = [line["node"] for line in ended.lines("costs.jsonl")]
     assert arrived[4::5] == ["node-2"] * 3  # everyone else's updates are in before its own
+    seconds: dict[str, list[float]] = {name: [] for name in NODES}
+    for line in ended.lines("costs.jsonl"):
+        if "upload" in line:  # of the round before
+            seconds[line["node"]].append(line["upload"]["seconds"])
+    assert len(seconds["node-2"]) == 2
+    assert min(seconds["node-2"]) > 8 * (4 * CHUNKED - BURST_BYTES) / 1e6  # at 1 Mbit/s
+    assert sum(seconds["node-2"]) < ended.seconds
+    assert max(seconds["node-0"] + seconds["node-1"]) < min(seconds["node-2"])
