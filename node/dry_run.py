@@ -101,7 +101,7 @@ def look(start: Start) -> Report:
         if report.torch is None:
             raise ModelError("torch is not installed here: pip install torch, or the vendor's")
     with _noting(report):
-        report.energy = _meter(setup.energy)
+        report.energy = _meter(setup.energy, setup.device)
     with _noting(report):
         _try_state(setup.state)
     with _noting(report):
@@ -129,9 +129,9 @@ def _installed(package: str) -> str | None:
         return "unknown"
 
 
-def _meter(command: str) -> str | None:
+def _meter(command: str, device: str) -> str | None:
     """The meter that a node would read; a command of the user's has to say a number."""
-    meter = energy.find(command)
+    meter = energy.find(command, device=device)
     if meter is None:
         return None
     joules = meter.joules()

@@ -1,8 +1,9 @@
 """Joules, where the machine has a meter: counted by the hardware, or added up from power.
 
 In order of preference: a command of the user's, the INA3221 of a Jetson, RAPL of Intel and AMD
-processors, energy and then power sensors of hwmon.  All of them count the whole board or
-processor, whoever uses it.  Without a meter there is no figure; never zero.
+processors, energy and then power sensors of hwmon; to the last three an NVIDIA GPU that
+computes is added.  All of them count the whole board or processor, whoever uses it.  Without a
+meter there is no figure; never zero.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from node import nvml
 from node.files import number, text
 
 log = logging.getLogger(__name__)
@@ -122,20 +124,43 @@ class Command:
         """Nothing to end."""
 
 
-Meter = Hardware | Sampled | Command
+class Both:
+    """A processor and its GPU."""
+
+    def __init__(self, processor: Hardware | Sampled, gpu: nvml.Gpu) -> None:
+        self._meters = processor, gpu
+
+    def joules(self) -> float | None:
+        """Of the two together; None once one cannot be read."""
+        processor, gpu = (meter.joules() for meter in self._meters)
+        return None if processor is None or gpu is None else processor + gpu
+
+    def close(self) -> None:
+        for meter in self._meters:
+            meter.close()
 
 
-def find(command: str = "", root: Path = Path("/")) -> Meter | None:
+Meter = Hardware | Sampled | Command | nvml.Gpu | Both
+
+
+def find(command: str = "", root: Path = Path("/"), device: str = "cpu") -> Meter | None:
     """The machine's meter, or None.
 
     Args:
         command: prints joules; goes before what the machine has itself.
         root: of the file system; tests make one of their own.
+        device: that computes, as torch calls it.
     """
     if command:
         return Command(command)
-    if rails := [*_ina3221(root), *_ina3221_iio(root)]:
+    if rails := [*_ina3221(root), *_ina3221_iio(root)]:  # of the board, its GPU too
         return Sampled(lambda: _watts(rails))
+    own, gpu = _processor(root), nvml.find(device)
+    return Both(own, gpu) if own is not None and gpu is not None else own or gpu
+
+
+def _processor(root: Path) -> Hardware | Sampled | None:
+    """The meter of a processor, or whatever else there is."""
     for counters in (_rapl(root), _hwmon_energy(root)):
         if counters and all(number(c.path) is not None for c in counters):  # perhaps not for us
             return Hardware(counters)

@@ -5,6 +5,7 @@ Shared and swapped memory, the limit of the control group, temperature, throttli
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -54,6 +55,15 @@ class Machine:
     def swap_bytes(self) -> int | None:
         return self._kib("proc/self/status", "VmSwap")
 
+    def nvmap_bytes(self) -> int | None:
+        """On a Jetson: memory that this process holds for its GPU, which is not in its resident.
+
+        Lines are ``user PROCESS PID SIZEK``, and a total; a process may have several.
+        """
+        clients = self._read("sys/kernel/debug/nvmap/iovmm/clients")  # for root alone
+        sizes = re.findall(rf"^user\s.*\s{os.getpid()}\s+(\d+)K$", clients, re.MULTILINE)
+        return 1024 * sum(map(int, sizes)) if clients else None
+
     def group(self) -> Group:
         """Of version 2 or 1, whichever rules memory here."""
         for line in self._read("proc/self/cgroup").splitlines():
@@ -93,6 +103,7 @@ class Machine:
             swap=self.swap_bytes(),
             group_peak=self.group().peak,
             is_unified=self.is_unified(),
+            nvmap=self.nvmap_bytes(),
             celsius=self.celsius(),
             throttled=self.throttled(),
             sent=traffic.sent if traffic else None,

@@ -70,7 +70,7 @@ class Worker:
         if not kernels.has_compiled():
             log.info("noise is drawn by the reference; `pip install numba` is ten times faster")
         self._experiment, self._setup = experiment, setup
-        self._phases = Phases(setup.device, energy.find(setup.energy))
+        self._phases = Phases(setup.device, energy.find(setup.energy, device=setup.device))
         self.settings = registry.settings(experiment.method)
         with self._phases("bare"):  # the process before there is a model in it
             pass

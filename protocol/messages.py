@@ -85,6 +85,7 @@ class Vitals(Struct, frozen=True, omit_defaults=True):
         swap: bytes of the process that are swapped out.
         group_peak: bytes at most of its memory control group, since that was made.
         is_unified: the CUDA device has no memory of its own, as on a Jetson.
+        nvmap: bytes that the process holds for that device there, which are not resident.
         celsius: of the hottest sensor.
         throttled: why the machine has run slower than it can since the node started; "" if
             it has not.
@@ -97,6 +98,7 @@ class Vitals(Struct, frozen=True, omit_defaults=True):
     swap: Size | None = None
     group_peak: Size | None = None
     is_unified: bool = False
+    nvmap: Size | None = None
     celsius: Celsius | None = None
     throttled: Text | None = None
     sent: Size | None = None

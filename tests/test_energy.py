@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -153,3 +156,89 @@ def test_a_command_that_says_nothing_is_absent(
 ) -> None:
     assert Command(command).joules() is None
     assert "no joules from" in caplog.text
+
+
+# --- NVML ------------------------------------------------------------------------
+
+
+class NVMLError(Exception):
+    """As pynvml's."""
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[int | str, int | None]:
+    """Millijoules by index and UUID, as a stand-in for NVML says them; None does not count."""
+    counts: dict[int | str, int | None] = {}
+
+    def handle(which: int | str) -> int | str:
+        if which not in counts:
+            raise NVMLError("Invalid Argument")
+        return which
+
+    def count(which: int | str) -> int:
+        if (found := counts[which]) is None:
+            raise NVMLError("Not Supported")
+        return found
+
+    library: Any = SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None)
+    library.nvmlDeviceGetHandleByIndex = library.nvmlDeviceGetHandleByUUID = handle
+    library.nvmlDeviceGetTotalEnergyConsumption = count
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return counts
+
+
+def test_a_gpu_that_computes_is_metered_and_one_that_does_not_is_not(
+    gpus: dict[int | str, int | None], tmp_path: Path
+) -> None:
+    gpus |= {0: 5_000, 1: 70_000}
+    assert energy.find(root=tmp_path) is None
+    meter = energy.find(root=tmp_path, device="cuda:1")
+    assert meter is not None
+    gpus |= {0: 6_000, 1: 71_500}
+    assert meter.joules() == 1.5
+    gpus[1] = None
+    assert meter.joules() is None
+
+
+def test_a_processor_and_its_gpu_are_added_up(
+    gpus: dict[int | str, int | None], tree: Tree
+) -> None:
+    gpus[0] = 0
+    root = tree({f"{RAPL}0/name": "package-0", f"{RAPL}0/energy_uj": 1_000_000})
+    meter = energy.find(root=root, device="cuda")
+    assert meter is not None
+    tree({f"{RAPL}0/energy_uj": 3_000_000})
+    gpus[0] = 500
+    assert meter.joules() == pytest.approx(2.5)
+    gpus[0] = None
+    assert meter.joules() is None
+    meter.close()
+
+
+@pytest.mark.parametrize(("visible", "which"), [("3,1", 1), ("0, GPU-ab", "GPU-ab")])
+def test_a_device_is_the_one_that_torch_is_let_see(
+    gpus: dict[int | str, int | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str,
+    which: int | str,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus |= {0: 1, 3: 1, which: 2}
+    meter = energy.find(root=tmp_path, device="cuda:1")
+    gpus[which] = 1002
+    assert meter is not None
+    assert meter.joules() == 1.0
+
+
+def test_a_gpu_that_does_not_count_is_absent_and_so_is_one_without_the_package(
+    gpus: dict[int | str, int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert energy.find(root=tmp_path, device="cuda") is None
+    gpus[0] = None
+    assert energy.find(root=tmp_path, device="cuda") is None
+    gpus[0] = 1
+    assert energy.find(root=tmp_path, device="cuda") is not None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert energy.find(root=tmp_path, device="cuda") is None

@@ -140,6 +140,24 @@ def test_a_jetson_has_one_memory(tree: Tree) -> None:
     ).is_unified()
 
 
+CLIENTS = """CLIENT                        PROCESS      PID        SIZE
+user                     gnome-shell     {other}      20480K
+user                         python3     {own}      66820K
+user                   python3 {own}     {other}       9999K
+user                         python3     {own}         12K
+total                                                   97311K
+"""
+
+
+def test_a_jetson_says_what_this_process_holds_for_its_gpu(tree: Tree) -> None:
+    """As nvmap's debugfs writes it; a name may have spaces and numbers in it."""
+    path, own = "sys/kernel/debug/nvmap/iovmm/clients", os.getpid()
+    machine = Machine(tree({path: CLIENTS.format(own=own, other=10 * own)}))
+    assert machine.nvmap_bytes() == machine.vitals(None).nvmap == (66820 + 12) * 1024
+    tree({path: CLIENTS.format(own=own + 1, other=10 * own)})
+    assert machine.nvmap_bytes() == 0  # it holds none, and that is known
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux before 4.14")
 def test_of_this_process_the_shared_part_is_not_more_than_all() -> None:
     pss = Machine().pss_bytes()

@@ -97,6 +97,7 @@ vitals = st.none() | st.builds(
     swap=maybe,
     group_peak=maybe,
     is_unified=st.booleans(),
+    nvmap=maybe,
     celsius=st.none() | st.floats(-273.15, 1000),
     throttled=st.none() | st.sampled_from(["", "under-voltage"]),
     sent=maybe,
