@@ -49,7 +49,8 @@ class Place:
         With ``after``, also what its log has from there on; below 0 that counts from the end.
         """
         known = self.known()
-        is_alive = bool(known) and identity(known["pid"]) == known["identity"]
+        mark = known.get("identity")  # None if it had ended before it was looked at
+        is_alive = mark is not None and identity(known["pid"]) == mark
         code = None if is_alive else number(self.code)
         ended = "gone" if code is None else "ended"
         state = "running" if is_alive else ended if known else "absent"
@@ -115,11 +116,11 @@ def start(
     return dict(place.status(), fresh=True, seen=until in logged(place), offset=offset)
 
 
-def stop(place: Place) -> Table:
-    """End it: asked first, then by force; nothing if it does not run."""
+def stop(place: Place, within: float = STOP_SECONDS) -> Table:
+    """End it: asked first, after ``within`` seconds by force; nothing if it does not run."""
     known = place.known()
     was = place.status()["state"]
-    for number_, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+    for number_, seconds in ((signal.SIGTERM, within), (signal.SIGKILL, STOP_SECONDS)):
         deadline = time.monotonic() + seconds
         if place.status()["state"] == "running":
             try:
