@@ -76,14 +76,11 @@ def fedmezo(o: FedMezo, space: ParamSpace, seed: int) -> Method[Rates]:
         def directions(h: int) -> tuple[Direction]:
             return (Direction(key(work.round, client, h), space.ranges()),)
 
-        eta = rate(work.assignment)
+        eta = _rate(o, work.assignment)
         end = walk(oracle, x, batches, directions, eta, o.eps, to_the_end=is_dense)
         if is_dense:
             return Dense(oracle.numpy(end.w).copy()), end.loss
         return end.payload(client), end.loss
-
-    def rate(assignment: Assignment) -> float:
-        return o.lr if assignment.lr is None else assignment.lr
 
     def accepts(assignment: Assignment, payload: Payload) -> str | None:
         if o.wire == "weights":
@@ -93,32 +90,20 @@ def fedmezo(o: FedMezo, space: ParamSpace, seed: int) -> Method[Rates]:
     def aggregate(
         s: Rates, x: Flat, round: int, contributions: Iterable[Contribution]
     ) -> tuple[Rates, Payload]:
-        if o.wire == "weights" and o.signal != "model-diff":
-            losses: dict[int, float] = {}
-            step = Dense(mean_of(_noting(contributions, losses), space.size).astype(np.float32))
-            return rates.remember(s, losses, {}), step
-        got = list(contributions)  # a few scalars each, or what model-diff must compare
-        losses = {c.assignment.client: c.loss for c in got}
         if o.wire == "weights":
-            new = mean_of(got, space.size).astype(np.float32)
-            diffs = {c.assignment.client: rates.distance(space, c.payload.values, new) for c in got}
-            return rates.remember(s, losses, diffs), Dense(new)
-        sent = Scalars(
-            tuple(  # rate and weight travel with the round
-                Run(c.assignment.client, len(c.payload.values), rate(c.assignment), c.examples)
-                for c in got
-            ),
-            np.concatenate([c.payload.values for c in got]),
-        )
-        diffs = {}
-        if o.signal == "model-diff":
-            walks = paths(round, sent)
-            new = replay(x, walks)
-            diffs = {
-                c.assignment.client: rates.distance(space, replay(x, (path,)), new)
-                for c, path in zip(got, walks, strict=True)
-            }
-        return rates.remember(s, losses, diffs), sent
+            return _mean(s, o, space, contributions)
+        got = list(contributions)  # a few scalars each
+        sent = _sent(o, got)
+        diffs = distances(x, paths(round, sent), got) if o.signal == "model-diff" else {}
+        return rates.remember(s, {c.assignment.client: c.loss for c in got}, diffs), sent
+
+    def distances(x: Flat, walks: Sequence[Path], got: Sequence[Contribution]) -> dict[int, float]:
+        """Of each client's own end from where all of them together lead."""
+        new = replay(x, walks)
+        return {
+            c.assignment.client: rates.distance(space, replay(x, (path,)), new)
+            for c, path in zip(got, walks, strict=True)
+        }
 
     def paths(round: int, step: Scalars) -> list[Path]:
         out, at = [], 0
@@ -145,6 +130,34 @@ def fedmezo(o: FedMezo, space: ParamSpace, seed: int) -> Method[Rates]:
         onto="nothing" if o.wire == "weights" else "previous",
         origin=lambda x, assignment: x if o.wire == "weights" else None,
     )
+
+
+def _rate(o: FedMezo, assignment: Assignment) -> float:
+    return o.lr if assignment.lr is None else assignment.lr
+
+
+def _mean(
+    s: Rates, o: FedMezo, space: ParamSpace, contributions: Iterable[Contribution]
+) -> tuple[Rates, Payload]:
+    """The clients' weights, averaged; all of them at once only where they are compared."""
+    losses: dict[int, float] = {}
+    noted = _noting(contributions, losses)
+    if o.signal != "model-diff":
+        step = Dense(mean_of(noted, space.size).astype(np.float32))
+        return rates.remember(s, losses, {}), step
+    got = list(noted)
+    new = mean_of(got, space.size).astype(np.float32)
+    diffs = {c.assignment.client: rates.distance(space, c.payload.values, new) for c in got}
+    return rates.remember(s, losses, diffs), Dense(new)
+
+
+def _sent(o: FedMezo, got: Sequence[Contribution]) -> Scalars:
+    """All clients' scalars; rate and weight travel with the round."""
+    runs = (
+        Run(c.assignment.client, len(c.payload.values), _rate(o, c.assignment), c.examples)
+        for c in got
+    )
+    return Scalars(tuple(runs), np.concatenate([c.payload.values for c in got]))
 
 
 def _noting(
