@@ -409,18 +409,28 @@ def at_node(count: int, seed: int) -> int:
         router.close()
 
 
+def _heard(router: Router, within_seconds: float) -> tuple[Any, Any] | None:
+    """Who says what next; whoever says hello is let in."""
+    got = router.recv(within_seconds)
+    if got is None:
+        return None
+    peer, frames = got
+    message, _ = to_coordinator.unpack(frames)
+    if isinstance(message, Hello):
+        router.send(peer, to_node.pack(Welcome(run="fuzz", experiment=TABLE)))
+    return peer, message
+
+
 def _welcomed(router: Router, child: subprocess.Popen[bytes]) -> Any:
     """Let a node in: the one that says hello next, made to by refusing what it has."""
     refused: set[Any] = set()
     while True:
         assert child.poll() is None, f"the node ended with {child.returncode}"
-        got = router.recv(1.0)
+        got = _heard(router, 1.0)
         if got is None:
             continue
-        peer, frames = got
-        message, _ = to_coordinator.unpack(frames)
+        peer, message = got
         if isinstance(message, Hello):
-            router.send(peer, to_node.pack(Welcome(run="fuzz", experiment=TABLE)))
             return peer
         if peer not in refused:
             refused.add(peer)
@@ -436,26 +446,21 @@ def _settled(router: Router, peer: Any, child: subprocess.Popen[bytes]) -> Any:
     end = time.monotonic() + 0.5  # a node whose jobs wait for a step answers nothing
     while time.monotonic() < end:
         assert child.poll() is None, f"the node ended with {child.returncode}"
-        got = router.recv(0.05)
+        got = _heard(router, 0.05)
         if got is None:
             continue
-        peer, frames = got
-        message, _ = to_coordinator.unpack(frames)
-        if isinstance(message, Hello):
-            router.send(peer, to_node.pack(Welcome(run="fuzz", experiment=TABLE)))
+        peer, message = got
         if isinstance(message, Update | Failed) and message.attempt == mark.attempt:
             break
     return peer
 
 
 def _answers(router: Router, order: Task) -> bool:
-    got = router.recv(0.5)
+    got = _heard(router, 0.5)
     if got is None:
         return False
-    peer, frames = got
-    message, _ = to_coordinator.unpack(frames)
+    peer, message = got
     if isinstance(message, Hello):
-        router.send(peer, to_node.pack(Welcome(run="fuzz", experiment=TABLE)))
         router.send(peer, to_node.pack(order))
     return isinstance(message, Update) and message.round == order.round
 
