@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from deploy import cargo, cluster, nodes, tables
 from deploy import check as checking
-from deploy import cluster, nodes, tables
+from deploy import push as pushing
 from deploy.centre import Plan
 from deploy.errors import HostError
 from deploy.follow import follow
@@ -86,6 +87,35 @@ def check(where: Where = INVENTORY, only: Only = None, form: Format = "table") -
 
 
 @cluster_app.command()
+def push(
+    experiments: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Experiment files (TOML) whose models and data are brought."),
+    ] = None,
+    where: Where = INVENTORY,
+    only: Only = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=V", help="Override one value of the experiments."),
+    ] = None,
+    wheelhouse: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Wheels of all dependencies: hosts ask no index."
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make the venvs anew.")] = False,
+    keys: Keys = None,
+    insecure: Insecure = False,
+) -> None:
+    """Bring hosts what they lack: this Seedwire in a venv, keys, models and data, by rsync."""
+    with _hosts(where, only) as (inventory, hosts), remotes(inventory.hosts) as all_:
+        admission = None if insecure else office(inventory, all_, keys)
+        with cargo.collected(experiments or [], set_ or [], wheelhouse) as collected:
+            _tell(pushing.push_all(hosts, collected, admission, fresh).failed)
+
+
+@cluster_app.command()
 def up(
     clients: Annotated[int, typer.Option(min=1, help="How many the experiment has.")],
     where: Where = INVENTORY,
@@ -154,7 +184,7 @@ def run(
     keys: Keys = None,
     insecure: Insecure = False,
 ) -> None:
-    """Check, push, run an experiment, bring its results home, and leave nothing running."""
+    """Push, check, run an experiment, bring its results home, and leave nothing running."""
     console = Console(stderr=True)
     with command_line():
         inventory = load(where)
@@ -162,6 +192,9 @@ def run(
         place = directory or runs / f"{experiment.stem}-{stamp}"
         plan = Plan(experiment, inventory, place, tuple(set_ or ()), keys, insecure)
         with remotes(inventory.hosts) as hosts:
+            with cargo.collected([experiment], set_ or []) as collected:
+                admission = None if insecure else office(inventory, hosts, keys)
+                _tell(pushing.push_all(hosts, collected, admission, console=console).failed)
             reports = _reports(inventory, hosts, console)
         if not all(report.is_fit for report in reports):
             tables.checks(reports, console)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,7 +28,7 @@ UsePAM no
 PasswordAuthentication no
 PermitRootLogin yes
 MaxStartups 100
-SetEnv PYTHONPATH={root} HOME={place}/home
+SetEnv {env} HOME={place}/home
 """
 CLIENT = """
 Host *
@@ -50,8 +50,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def sshd(place: Path) -> Iterator[Path]:
-    """Run one; yields the ssh config by which any name reaches it."""
+def sshd(place: Path, env: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """Run one; yields the ssh config by which any name reaches it.
+
+    Args:
+        place: a directory of its own.
+        env: what a login has in its environment; by default our code, by ``PYTHONPATH``.
+    """
     program = shutil.which("sshd") or shutil.which("/usr/sbin/sshd")
     missing = [tool for tool in ("ssh", "ssh-keygen", "rsync") if shutil.which(tool) is None]
     if program is None or missing:
@@ -63,7 +68,8 @@ def sshd(place: Path) -> Iterator[Path]:
         words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(place / name)]
         subprocess.run(words, check=True)
     port = free_port()
-    (place / "server").write_text(SERVER.format(port=port, place=place, root=ROOT))
+    words = [f"{name}={value}" for name, value in (env or {"PYTHONPATH": str(ROOT)}).items()]
+    (place / "server").write_text(SERVER.format(port=port, place=place, env=" ".join(words)))
     (place / "config").write_text(CLIENT.format(port=port, place=place, user=getpass.getuser()))
     host = (place / "host.pub").read_text()
     (place / "known_hosts").write_text(f"[127.0.0.1]:{port} {host}")
