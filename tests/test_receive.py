@@ -49,7 +49,10 @@ def test_everything_is_lacking_at_first_and_nothing_afterwards(tmp_path: Path) -
     assert check(tmp_path, ROOTS)["lacking"] == []
     assert check(tmp_path, ROOTS)["open"] == list(ROOTS)
     assert not (tmp_path / "cache").exists()
+    came = (tmp_path / INCOMING / "cache/packages/net-1").stat().st_ino
     place(tmp_path, ROOTS)
+    whole = tmp_path / "cache/packages/net-1"
+    assert whole.stat().st_ino == came  # in one move, so nobody sees half of it
     assert {p: (tmp_path / p).read_text() for p in TEXTS} == TEXTS
     assert not (tmp_path / INCOMING).exists()
     assert check(tmp_path, ROOTS) | {"free": 0} == {"lacking": [], "open": [], "free": 0}
@@ -77,8 +80,11 @@ def test_a_file_that_rotted_is_copied_again_though_size_and_time_are_as_before(
     os.utime(path, (1, 1))
     path.write_text("B")
     os.utime(path, (1, 1))
-    assert check(pushed, ROOTS)["lacking"] == ["cache/packages/net-1/sub/b.bin"]
-    _copy(pushed, ["cache/packages/net-1/sub/b.bin"])
+    found = check(pushed, ROOTS)
+    assert found["lacking"] == ["cache/packages/net-1/sub/b.bin"]
+    assert found["open"] == ["cache/packages/net-1"]
+    _copy(pushed, found["lacking"])
+    os.utime(pushed / INCOMING / found["lacking"][0], (1, 1))  # as rsync sets it
     assert place(pushed, ROOTS) == {"lacking": []}
     assert path.read_text() == "b"
     assert path.stat().st_mtime > 1  # so that what was converted from it is converted again
