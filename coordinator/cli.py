@@ -41,18 +41,26 @@ def coordinator(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Without keys: anybody can read and take part.")
     ] = False,
+    go_on: Annotated[
+        bool, typer.Option("--go-on", help="Resume the run in --directory, if it holds one.")
+    ] = False,
     lifeline: Annotated[
         bool, typer.Option("--lifeline", help="End when standard input closes.")
     ] = False,
 ) -> None:
     """Run an experiment with the nodes that log in, and write its results."""
     from coordinator import run  # numpy and zmq: not for a mere --help
+    from coordinator.journal import FILE as JOURNAL
     from protocol.keys import default_directory
 
     with command_line(lifeline):
         store = None if insecure else keys or default_directory()
         if (experiment is None) == (resume is None):
             raise typer.BadParameter("give either --experiment or --resume")
+        if go_on and directory is None:
+            raise typer.BadParameter("--go-on says to look for a run in --directory")
+        if go_on and directory is not None and (directory / JOURNAL).exists():
+            resume, directory, set_ = directory, None, None
         if resume is not None:
             if set_ or directory is not None:
                 raise typer.BadParameter("--resume takes the run as it is: no --set or --directory")

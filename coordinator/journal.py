@@ -25,6 +25,7 @@ from protocol.errors import JournalError
 
 Buffer = bytes | memoryview
 
+FILE = "journal.sqlite"
 SCHEMA_VERSION = 1
 INLINE_BYTES = 1 << 20  # a larger array is a file: SQLite's blobs end at 1 GB
 SCHEMA = f"""
@@ -67,7 +68,7 @@ class Journal:
     """
 
     def __init__(self, directory: Path, is_new: bool = False) -> None:
-        self._directory, self._path = directory, directory / "journal.sqlite"
+        self._directory, self._path = directory, directory / FILE
         self._arrays = directory / "arrays"
         self._unsynced: list[Path] = []  # named by no commit yet
         self._doomed: list[Path] = []  # named by the last commit, and not by the next

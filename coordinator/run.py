@@ -29,6 +29,7 @@ from fedalgos import registry, robust
 from fedalgos.privacy import SECRET_BYTES
 from protocol.errors import ExperimentError, JournalError, RunError
 from protocol.experiment import Experiment
+from protocol.notify import Notifier
 from protocol.transport import Router
 
 log = logging.getLogger(__name__)
@@ -177,6 +178,7 @@ def _run(
 ) -> dict[str, Any]:
     """The run from where its journal is to its end."""
     method, directory = checked(experiment), place.directory
+    notifier = Notifier()  # before there are children
     guard = Guard(place.keys)
     router = Router(place.bind, guard)
     try:
@@ -209,7 +211,7 @@ def _run(
             if place.starts_evaluator
             else None
         )
-        summary = _play(server, recorder, evaluator, console)
+        summary = _play(server, recorder, evaluator, console, notifier)
         begun.keep(journal, ended=summary["status"])
         if (failure := _finished(server).reason) is not None:
             raise RunError(failure)
@@ -219,7 +221,11 @@ def _run(
 
 
 def _play(
-    server: Server, recorder: RunRecorder, evaluator: Evaluator | None, console: Console
+    server: Server,
+    recorder: RunRecorder,
+    evaluator: Evaluator | None,
+    console: Console,
+    notifier: Notifier,
 ) -> dict[str, Any]:
     """Turn by turn to the end, and the goodbyes; returns the summary."""
     reason, is_over = "the coordinator stopped", True
@@ -229,6 +235,7 @@ def _play(
                 server.turn(TURN_SECONDS)
                 if evaluator is not None:
                     evaluator.check()
+                notifier.turn(_status(server), is_ready=True)
                 if live.update():
                     view.update()
         failure, ended = _finished(server).reason, server.state.ended
@@ -240,9 +247,15 @@ def _play(
         reason, is_over = str(error), False  # it can be resumed: the nodes are to wait for it
         raise
     finally:
+        notifier.stopping(reason)
         server.desk.dismiss(reason[:500], finished=is_over)
         if evaluator is not None:
             evaluator.stop()
+
+
+def _status(server: Server) -> str:
+    done, rounds = server.state.round, server.settings.policy.rounds
+    return f"{sum(m.trains for m in server.desk.roster)} nodes, {done} of {rounds} rounds done"
 
 
 def _finished(server: Server) -> Finished:

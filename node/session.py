@@ -50,6 +50,7 @@ from protocol.messages import (
 )
 from protocol.messages import to_coordinator as outward
 from protocol.noise import STREAM
+from protocol.notify import Notifier
 from protocol.transport import Dealer
 from protocol.wire import MAX_ARRAY, Frame, RemoteProtocolError, VersionError
 
@@ -82,6 +83,7 @@ class Session:
         give_up_seconds: how long to look for the coordinator before it is an error; 0
             is for ever.
         identity: its keys, and whom it trusts; without, nothing is encrypted.
+        notifier: where systemd is told; by default the process's.
         make_engine: tests put a scripted one here.
     """
 
@@ -94,8 +96,10 @@ class Session:
         give_up_seconds: float = 0.0,
         make_engine: Callable[..., Engine] = Engine,
         identity: Identity | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         self._endpoint, self._setup = endpoint, setup
+        self._notifier = notifier or Notifier()
         self._give_up_seconds, self._make_engine = give_up_seconds, make_engine
         self._hello = Hello(
             node=name,
@@ -142,9 +146,11 @@ class Session:
                 self._send_out(outcome)
             self._uploads.look(self._dealer, self._outbox)
             self._keep_alive()
+            self._notifier.turn(self._status(), is_ready=self._is_in)
 
     def leave(self, reason: str) -> bool:
         """Say goodbye and close; False when a job is still running in its thread."""
+        self._notifier.stopping(reason or "the run is over")
         if self._is_in and not self._finished:
             self._send(Bye(reason=reason))
         is_idle = self._engine is None or self._engine.stop(0.5)
@@ -156,7 +162,15 @@ class Session:
     def _next_due(self) -> float:
         quiet = self._heard + (self._nodes.patience_seconds if self._is_in else self._backoff)
         beat_at = self._beat_at + self._nodes.heartbeat_seconds
-        return min(quiet, beat_at, self._uploads.next_look())
+        return min(quiet, beat_at, self._uploads.next_look(), self._notifier.due)
+
+    def _status(self) -> str:
+        """What this node does, for people."""
+        engine = self._engine
+        if not self._is_in or engine is None:
+            return f"looking for a coordinator at {self._endpoint}"
+        done = f", {p.done} of {p.total}" if (p := engine.progress) else ""
+        return f"run {self._run_id}: {engine.busy or 'waiting for work'}{done}"
 
     def _keep_alive(self) -> None:
         now = time.monotonic()

@@ -15,6 +15,7 @@ from node.engine import Setup
 from node.session import Session
 from protocol.errors import KeyRefusedError
 from protocol.keys import Identity
+from protocol.notify import Notifier
 from protocol.process import INTERRUPTED, Stopped
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Life:
 
     def __init__(self, start: Start) -> None:
         self._start, self.is_idle = start, True
+        self._notifier = Notifier()
 
     def live(self) -> None:
         """Take part until the run is over.
@@ -68,7 +70,9 @@ class Life:
     def _session(self, identity: Identity | None) -> None:
         it, software = self._start.admission, metadata.version("seedwire")
         setup, wait = self._start.setup, it.give_up_seconds
-        session = Session(it.endpoint, it.name, software, setup, wait, identity=identity)
+        session = Session(
+            it.endpoint, it.name, software, setup, wait, identity=identity, notifier=self._notifier
+        )
         reason = ""
         try:
             session.run()

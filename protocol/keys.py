@@ -29,6 +29,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"  # as protocol.messages.NodeName
 KEY_BYTES = 32
 SEED_BYTES = 16
 CHECK_BYTES = 3
+CREDENTIALS = "CREDENTIALS_DIRECTORY"  # of a systemd service, by LoadCredential=
 TOKEN_PREFIX = "swt1-"  # noqa: S105 - what a token begins with is no secret
 
 
@@ -121,9 +122,10 @@ def host_name() -> str:
 
 
 def default_directory() -> Path:
-    """``$SEEDWIRE_KEYS``, or where XDG puts what a user configures."""
-    if found := os.environ.get("SEEDWIRE_KEYS"):
-        return Path(found)
+    """``$SEEDWIRE_KEYS``, what systemd handed over, or where XDG puts what a user configures."""
+    for name in ("SEEDWIRE_KEYS", CREDENTIALS):
+        if found := os.environ.get(name):
+            return Path(found)
     config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(config) / "seedwire" / "keys"
 
@@ -256,6 +258,12 @@ def _field(path: Path, kind: str) -> tuple[bytes, str]:
 
 
 def _refuse_if_open(path: Path, mode: str) -> None:
-    """What others may read or change may be known to them, or theirs."""
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+    """What others may read or change may be known to them, or theirs.
+
+    systemd lets a service read its credentials through an access control list, whose mask shows
+    as permissions of the group, which has none; they cannot be written.
+    """
+    handed = os.environ.get(CREDENTIALS)
+    forbidden = 0o027 if handed and path.is_relative_to(handed) else 0o077
+    if stat.S_IMODE(path.stat().st_mode) & forbidden:
         raise KeyStoreError(f"{path} is open to other users: chmod {mode} {path}")
