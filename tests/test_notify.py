@@ -16,11 +16,20 @@ from pathlib import Path
 import pytest
 
 from protocol.notify import Notifier
-from tests.test_run import experiment, lines, wait_for
+from tests.test_run import experiment, lines
 
 __all__ = ["experiment"]  # the fixture
 
-pytestmark = pytest.mark.net
+pytestmark = [pytest.mark.net, pytest.mark.timeout(600)]
+
+PATIENCE_SECONDS = 240.0  # on a busy machine two processes load torch in minutes
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.02)  # a poll of another process, not a guess at its speed
 
 
 @pytest.fixture
