@@ -133,7 +133,7 @@ class Watch(threading.Thread):
         self.join()
 
     def _look(self, name: str) -> None:
-        status = nodes.ask(self._remote, "status")
+        status = nodes.status(self._remote)
         if self._is_lost:
             self._say(f"{name} is reached again")
         self._is_lost = False

@@ -140,7 +140,7 @@ def up(
 def status(where: Where = INVENTORY, only: Only = None, form: Format = "table") -> None:
     """Show each host's node: whether it runs, since when, memory, last log line."""
     with _hosts(where, only) as (_, hosts):
-        outcome = each(hosts, lambda remote, say: nodes.ask(remote, "status"))
+        outcome = each(hosts, lambda remote, say: nodes.status(remote))
         if form == "json":
             typer.echo(tables.statuses_json(outcome.done, outcome.failed))
         else:

@@ -38,12 +38,12 @@ def follow(
 
     def one(remote: Remote, say: Say) -> None:
         name = remote.host.name
-        status = nodes.ask(remote, "status", after=-TAIL_BYTES)
+        status = nodes.status(remote, -TAIL_BYTES)
         show(name, status.text.splitlines()[-lines:])
         read, rest, is_lost = status.size, "", False
         while goes_on and not remote.aborted.wait(POLL_SECONDS):
             try:
-                status = nodes.ask(remote, "status", after=read)
+                status = nodes.status(remote, read)
             except HostError as error:
                 if remote.aborted.is_set():
                     return

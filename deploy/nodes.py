@@ -6,12 +6,14 @@ What is done there is ``deploy.steward``, which is sent each time.
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from deploy import managed
 from deploy.errors import HostError
 from deploy.inventory import Host
 from deploy.machine import Office
@@ -92,6 +94,28 @@ def ask(remote: Remote, do: str, name: str = "", *, timeout: float = 30.0, **mor
         raise HostError(f"{host.python} there: {done.why}") from None
 
 
+def status(remote: Remote, after: int | None = None) -> Status:
+    """How a host's node is; of one under systemd, as that says, with the same log.
+
+    Raises:
+        HostError: as of ``ask``.
+    """
+    found = ask(remote, "status", after=after)
+    if not remote.host.systemd:
+        return found
+    said = managed.look(remote)
+    pid, code = int(said.get("MainPID", "0")), int(said.get("ExecMainStatus", "0"))
+    if said.get("ActiveState") in managed.RUNNING:
+        memory = int(said["MemoryCurrent"]) if "MemoryCurrent" in said else None
+        line = said.get("StatusText", found.line)
+        changes: dict[str, Any] = {"state": "running", "pid": pid or None, "memory": memory}
+        return msgspec.structs.replace(found, line=line, code=None, **changes)
+    if said.get("ExecMainCode", "0") == "0":  # it never ran
+        return msgspec.structs.replace(found, state="absent", code=None)
+    killed = 128 if said["ExecMainCode"] != "1" else 0  # CLD_EXITED
+    return msgspec.structs.replace(found, state="ended", code=killed + code)
+
+
 @dataclass(frozen=True)
 class Launch:
     """What the nodes are to be started with.
@@ -135,6 +159,8 @@ def start(remote: Remote, launch: Launch, say: Say, within: float = LOGIN_SECOND
         say("keys")
         launch.office.admit(remote)
     say("starting")
+    if remote.host.systemd:
+        return _start_managed(remote, launch, say, within)
     words = command(remote.host, launch)
     env, until = environment(remote.host), LOGGED_IN
     more: dict[str, Any] = {"command": words, "env": env, "until": until, "within": within}
@@ -147,16 +173,40 @@ def start(remote: Remote, launch: Launch, say: Say, within: float = LOGIN_SECOND
     return status
 
 
+def _start_managed(remote: Remote, launch: Launch, say: Say, within: float) -> Status:
+    """As ``start``, by the host's systemd, which starts it again from then on."""
+    name = remote.host.name
+    ran, words = status(remote).is_running, command(remote.host, launch)
+    options = words[words.index("--device") :]
+    del options[options.index("--state") : options.index("--state") + 2]  # the unit has its own
+    if "--keys" in options:
+        del options[options.index("--keys") :]  # likewise
+    clients = launch.clients[name]
+    variables = {"COORDINATOR": launch.coordinator, "CLIENTS": clients}
+    is_in = managed.start(remote, variables | {"OPTIONS": shlex.join(options)}, within)
+    now = status(remote)
+    if not now.is_running:
+        raise NodeError(f"the node {now.how}: {now.line or 'no output'}", now.code)
+    if not is_in:
+        raise HostError(f"runs, but has not logged in within {within:.0f} s: {now.line}")
+    say("ran already" if ran else f"logged in, clients {clients}")
+    return now
+
+
 def stop(remote: Remote, say: Say) -> Status:
     """End what we have started on a host: its node, and a coordinator; nothing else.
 
     Raises:
         HostError: it has not ended.
     """
-    status = ask(remote, "stop", timeout=STOP_SECONDS)
+    was = status(remote).state if remote.host.systemd else ""
+    if was not in ("", "absent"):
+        managed.stop(remote)
+    found = ask(remote, "stop", timeout=STOP_SECONDS)
+    node = msgspec.structs.replace(found, was=was or found.was)
     centre = ask(remote, "stop", COORDINATOR, timeout=STOP_SECONDS)
-    for what, found in (("node", status), ("coordinator", centre)):
+    for what, found in (("node", node), ("coordinator", centre)):
         if found.is_running:
             raise HostError(f"the {what}, process {found.pid}, does not end")
-    say("stopped" if "running" in (status.was, centre.was) else "nothing ran")
-    return status
+    say("stopped" if "running" in (node.was, centre.was) else "nothing ran")
+    return node

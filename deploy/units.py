@@ -17,6 +17,7 @@ from typing import Literal
 Scope = Literal["user", "system"]
 TEMPLATES = Path(__file__).parent / "systemd"
 COORDINATOR, NODE = "seedwire-coordinator.service", "seedwire-node@.service"
+STOP_SECONDS = 30.0  # as TimeoutStopSec= in the units
 HIGH_SHARE = 0.95  # of MemoryMax: from there on the kernel takes back what it can
 _DIRECTORIES = {"system": "/etc/systemd/system", "user": "~/.config/systemd/user"}
 _ROOT_ONLY = re.compile(r"^# --- root only\n.*?^# --- end\n", re.MULTILINE | re.DOTALL)
@@ -150,16 +151,28 @@ def start(scope: Scope, name: str) -> list[list[str]]:
     A user's units end with the last login unless they may linger.
     """
     linger = [] if scope == "system" else [["loginctl", "enable-linger"]]
-    again = ["restart", "--no-block", instance(name)]
-    return [*linger, systemctl(scope, "daemon-reload"), systemctl(scope, *again)]
+    now = ["start", "--no-block", instance(name)]
+    return [*linger, systemctl(scope, "daemon-reload"), systemctl(scope, *now)]
+
+
+def waiting(scope: Scope, name: str, within: float) -> list[str]:
+    """A command that ends with 0 once the node has logged in, else after ``within`` seconds."""
+    active = shlex.join(systemctl(scope, "is-active", "--quiet", instance(name)))
+    loop = f"i=0; until {active}; do [ $i -lt {within:.0f} ] || exit 1; i=$((i + 1)); sleep 1; done"
+    return ["sh", "-c", loop]
 
 
 def stop(scope: Scope, name: str) -> list[list[str]]:
-    """End the node, which says goodbye; also one that had failed."""
-    return [systemctl(scope, "stop", instance(name)), systemctl(scope, "reset-failed")]
+    """End the node, which says goodbye; one that had failed is forgotten."""
+    unit = instance(name)
+    again = ["sh", "-c", f"{shlex.join(systemctl(scope, 'reset-failed', unit))} 2>/dev/null || :"]
+    return [systemctl(scope, "stop", unit), again]
 
 
-SHOWN = ("ActiveState", "SubState", "StatusText", "Result", "NRestarts", "MemoryPeak", "MainPID")
+SHOWN = (
+    *("ActiveState", "SubState", "StatusText", "Result", "NRestarts", "MainPID"),
+    *("ExecMainCode", "ExecMainStatus", "MemoryCurrent"),
+)
 
 
 def show(scope: Scope, name: str) -> list[str]:
