@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from protocol.errors import KeyStoreError
 from protocol.process import command_line
 
 if TYPE_CHECKING:
+    from node.engine import Ranks
     from node.start import Start
     from protocol.keys import Token
 
@@ -32,6 +34,8 @@ def node(
     insecure: options.Insecure = False,
     device: options.Device = "cpu",
     threads: options.Threads = 0,
+    ranks: options.NumRanks = 1,
+    rank_patience: options.RankPatience = 120.0,
     give_up: options.GiveUp = 0.0,
     evaluate: options.Evaluate = False,
     export: options.Export = None,
@@ -51,13 +55,18 @@ def node(
     from protocol import keys as stores
 
     _prepare_process()
+    group = options.parse_ranks(ranks, rank_patience, evaluate)
+    if group is not None and group.rank:  # torchrun starts them all by one command line
+        _follow(group)
+        return
     with command_line():
         given = handed_over() if keys == HANDED_OVER else None  # before it is the lifeline
     limits = options.parse_limits(max_memory, max_bytes, max_seconds)
     hosted = options.parse_clients(clients)
     if not hosted and not evaluate:
         raise typer.BadParameter("--clients says which clients this node hosts")
-    setup = Setup(hosted, evaluate, export, device, threads, state, energy=energy, limits=limits)
+    setup = Setup(hosted, evaluate, export, device, threads, state)
+    setup = replace(setup, energy=energy, limits=limits, ranks=group)
     who = options.checked_name(name or stores.host_name() + ("-evaluator" if evaluate else ""))
     with command_line():
         paper = _token(token, token_file)
@@ -84,6 +93,13 @@ def _live(start: Start, lifeline: bool) -> None:
     life = Life(start)
     with life.ending(), command_line(lifeline):
         life.live()
+
+
+def _follow(group: Ranks) -> None:
+    from node.follower import launched
+
+    with command_line():
+        launched(group)
 
 
 def _report(start: Start, form: Format) -> None:

@@ -8,14 +8,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from protocol.experiment import Experiment
-from protocol.messages import Limits, Message, Progress, Task
+from protocol.messages import Limits, Message, Progress, Ready, Task
 from protocol.wire import Frame
 
-if TYPE_CHECKING:
-    from node.worker import Worker
+
+@dataclass(frozen=True)
+class Ranks:
+    """The group that a node is.
+
+    Attributes:
+        size: how many processes, this one included.
+        rank: of this one.
+        patience_seconds: how long one may keep the others waiting, at most a mini-batch.
+        is_launched: torchrun started them all; else this process starts the others.
+    """
+
+    size: int
+    patience_seconds: float = 120.0
+    rank: int = 0
+    is_launched: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,8 +44,9 @@ class Setup:
         threads: for torch; 0 leaves torch's default.
         state: where what is held is kept for a restart.
         run: the id of the run, once it is known.
-        limits: what a round may take here.
+        limits: what a round may take here, in each process.
         energy: a command that prints the joules counted so far; "" looks for a meter.
+        ranks: the group of processes that the node is; None: it is this one alone.
     """
 
     clients: tuple[int, ...]
@@ -43,6 +58,7 @@ class Setup:
     run: str = ""
     energy: str = ""
     limits: Limits | None = None
+    ranks: Ranks | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +69,32 @@ class Outcome:
     data: memoryview | None = None
 
 
-Make = Callable[[Experiment, Setup], "Worker"]
+class Does(Protocol):
+    """What an engine has do its jobs: a ``Worker``, or a whole group's ``Lead``."""
+
+    def ready(self) -> Outcome:
+        """Say what was loaded."""
+
+    def statement(self) -> Ready:
+        """Which version is held."""
+
+    def run(
+        self, message: Message, buffer: Frame | None, tell: Callable[[int, int], None]
+    ) -> Outcome | None:
+        """Do one job."""
+
+    def close(self) -> None:
+        """Nothing follows."""
 
 
-def _worker(experiment: Experiment, setup: Setup) -> Worker:
+Make = Callable[[Experiment, Setup], Does]
+
+
+def _worker(experiment: Experiment, setup: Setup) -> Does:
+    if setup.ranks is not None:
+        from node.lead import Lead
+
+        return Lead(experiment, setup, setup.ranks)
     from node.worker import Worker  # which imports this module
 
     return Worker(experiment, setup)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from node.engine import Ranks
     from protocol.messages import Limits
 
 
@@ -42,6 +43,12 @@ Insecure = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Threads = Annotated[int, typer.Option(help="CPU threads for torch; 0 leaves it to it.")]
+NumRanks = Annotated[
+    int, typer.Option(min=1, help="Processes that share each task's work; not with torchrun.")
+]
+RankPatience = Annotated[
+    float, typer.Option(help="Seconds that one of them may keep the others waiting.")
+]
 GiveUp = Annotated[
     float, typer.Option(help="Seconds to look for a lost coordinator; 0 is for ever.")
 ]
@@ -91,6 +98,24 @@ def parse_limits(memory: str, nbytes: str, seconds: float) -> Limits | None:
         seconds=seconds or None,
     )
     return None if said == Limits() else said
+
+
+def parse_ranks(number: int, patience_seconds: float, evaluates: bool) -> Ranks | None:
+    """The group of processes that a node is: ours to start, or torchrun's; None for one alone."""
+    from node import ranks
+    from node.engine import Ranks
+
+    if not 1 <= patience_seconds <= 1e6:
+        raise typer.BadParameter(f"--rank-patience {patience_seconds}: want 1 to 10^6")
+    launched = ranks.launched()
+    if launched is None and number == 1:
+        return None
+    if launched is not None and number > 1:
+        raise typer.BadParameter("--ranks: torchrun has started the ranks already")
+    if evaluates:
+        raise typer.BadParameter("--evaluate: an evaluator is one process, without ranks")
+    rank, size = launched or (0, number)
+    return Ranks(size, patience_seconds, rank, is_launched=launched is not None)
 
 
 def parse_size(option: str, text: str) -> int:

@@ -193,12 +193,18 @@ def local_rank() -> int:
 
 
 def device_of(device: str, local_rank: int) -> str:
-    """The device of one rank: of "cuda" each has its own, as far as there are enough."""
+    """The device of one rank: of "cuda" each has its own, as far as there are enough.
+
+    It becomes the thread's current one, where Triton runs its kernels.
+    """
     if device != "cuda":
         return device
     from torch import cuda
 
-    return f"cuda:{local_rank % max(1, cuda.device_count())}"
+    index = local_rank % max(1, cuda.device_count())
+    if cuda.is_available():  # else loading says what is wrong
+        cuda.set_device(index)
+    return f"cuda:{index}"
 
 
 def _read(count: int) -> bytes:

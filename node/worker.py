@@ -21,6 +21,7 @@ from fedalgos.space import ParamSpace, digest
 from node import batches, energy, trainee
 from node.engine import Outcome, Setup
 from node.measure import LimitError, Phases
+from node.ranks import GroupError, RankError
 from node.state import History, Parameters, Store, newest_before, with_newest
 from node.trainee import Trainee
 from protocol import kernels, payload
@@ -78,6 +79,8 @@ class Worker:
             self.trainee = load(experiment, setup)  # the long part
         self.space = ParamSpace.of(self.trainee.infos)
         self.method = registry.build(self.settings, self.space, experiment.run.seed)
+        self.oracle = self.trainee.oracle  # a group puts one of its own here
+        self.micro_batch = experiment.compute.micro_batch
         self._memories: dict[int, History] = dict.fromkeys(setup.clients, ())
         self.x: Flat = self.trainee.initial()
         self._initial = self.x if self.method.onto == "initial" else None
@@ -104,6 +107,21 @@ class Worker:
         if self._store is not None:
             held = Parameters(self.version, self._digest, self.x, self._initial)
             self._store.keep(held, last=last)
+
+    def snapshots(self) -> Iterator[tuple[Step, memoryview]]:
+        """What brings another worker of the same tensors to the parameters held here."""
+        if self._initial is not None and self.version:
+            yield _snapshot(0, self._initial, digest(self._initial))
+        yield _snapshot(self.version, self.x, self._digest)
+
+    def memory(self, order: Task) -> Flat | None:
+        """What a task's client brings along from its local runs before."""
+        past = self._memories.get(order.client, ())
+        return newest_before(past, (order.round, order.attempt))
+
+    def remind(self, order: Task, value: Flat | None) -> None:
+        """Have a task's client bring that along, and nothing else."""
+        self._memories[order.client] = () if value is None else (((-1, 0), value),)
 
     def ready(self) -> Outcome:
         """Say what was loaded; an evaluator brings the parameters along."""
@@ -184,7 +202,7 @@ class Worker:
         try:
             return self._update(order, tell)
         except Exception as error:  # out of memory, a model without a forward rule, ...
-            is_foreseen = isinstance(error, LimitError)
+            is_foreseen = isinstance(error, LimitError | GroupError | RankError)
             place = (order.client, order.round)
             log.error("client %d, round %d: %s", *place, error, exc_info=not is_foreseen)
             self._phases.take()  # no part of the next update's costs
@@ -212,10 +230,10 @@ class Worker:
 
         assignment = Assignment(order.client, order.units, order.lr, order.picks, tier=order.tier)
         place, past = (order.round, order.attempt), self._memories[order.client]
-        memory = Memory(newest_before(past, place))
+        memory = Memory(self.memory(order))
         work = Work(order.round, assignment, memory)
         with self._phases("train"):
-            value, loss = self.method.local(self.x, self.trainee.oracle, drawn(), work)
+            value, loss = self.method.local(self.x, self.oracle, drawn(), work)
             self._phases.check(limits)
         if not (math.isfinite(loss) and np.isfinite(value.values).all()):
             raise ArithmeticError(f"the training loss is {loss}, or the update is not finite")
@@ -253,3 +271,10 @@ class Worker:
                 costs=self._phases.take(),
             )
         )
+
+
+def _snapshot(version: int, x: Flat, known: bytes) -> tuple[Step, memoryview]:
+    whole = payload.Dense(x)
+    spec = payload.spec_of(whole)
+    step = Step(version=version, round=0, digest=known, snapshot=True, payload=spec)
+    return step, payload.encode(whole)

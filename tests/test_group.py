@@ -273,6 +273,22 @@ def test_directions_of_forward_mode_are_shared_and_a_rank_may_have_none(three: T
     assert [first, second, third] == [[], [(1,)], [(2,)]]
 
 
+def test_micro_batches_count_by_their_weight_as_the_whole_does(three: Together) -> None:
+    """Parts of three rows and of one, which weigh 6 and 2; no rank has a whole direction."""
+    x, z = f32(0.5, 0.25), [along(1), along(2)]
+
+    def job(group: Group) -> Any:
+        oracle = SharedOracle(Linear(f32(1, -1)), group, micro_batch=3)
+        loss, points = oracle.loss(x, ROWS), oracle.losses(x, z, (0.1, -0.1, 0.3), ROWS)
+        return loss, np.array(points), *oracle.jvp(x, z, ROWS)
+
+    whole = Linear(f32(1, -1))
+    for loss, points, value, slopes in three.each(job):
+        assert (loss, value) == pytest.approx((whole.loss(x, ROWS),) * 2)
+        np.testing.assert_allclose(points, whole.losses(x, z, (0.1, -0.1, 0.3), ROWS), rtol=1e-12)
+        assert slopes == pytest.approx(whole.jvp(x, z, ROWS)[1])
+
+
 def test_rows_are_shared_and_gradients_count_by_their_weight(three: Together) -> None:
     """(3 (1, 0) + 1 (0, 1) + 2 (2, 2) + 2 (5, 0)) / 8 is (17, 5) / 8."""
 

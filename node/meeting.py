@@ -1,0 +1,68 @@
+"""How the ranks of a node come together: in a store, once each has loaded model and data."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Any
+
+from node.group import Group
+from node.ranks import POLL_SECONDS, GroupError
+from node.shared import SharedOracle
+from node.worker import Worker
+
+
+class Meeting:
+    """One rank's side of it.
+
+    Args:
+        store: of the ranks, used for nothing before but the sheet.
+        rank, size: which of how many.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+
+    def come(self, worker: Worker, device: str) -> None:
+        """Say what was loaded, and where."""
+        about = f"{worker.space.digest.hex()} {platform.node()} {device}"
+        self._store.set(f"about/{self._rank}", about)
+
+    def is_complete(self) -> bool:
+        return all(self._store.check([f"about/{rank}"]) for rank in range(self._size))
+
+    def open(self) -> None:
+        """Rank 0 has seen all of them: only now does anybody's patience begin."""
+        self._store.set("open", "")
+
+    def wait(self) -> None:
+        """For rank 0, as long as it takes."""
+        while not self._store.check(["open"]):
+            time.sleep(POLL_SECONDS)
+
+    def group(self, patience_seconds: float, interface: str) -> Group:
+        """Connect to all others.
+
+        Raises:
+            GroupError: a rank is gone, or trains other tensors than rank 0.
+        """
+        abouts = [self._store.get(f"about/{rank}").decode().split() for rank in range(self._size)]
+        for rank, (space, *_) in enumerate(abouts):
+            if space != abouts[0][0]:
+                why = "another model file, or other versions of its libraries"
+                raise GroupError(f"rank {rank} trains other tensors than rank 0: {why}")
+        places = {(host, device) for _, host, device in abouts}
+        has_gpus = all("cuda" in device for _, device in places) and len(places) == self._size
+        return Group(
+            self._store,
+            self._rank,
+            self._size,
+            patience_seconds,
+            interface=interface,
+            has_gpus=has_gpus,
+        )
+
+
+def share(worker: Worker, group: Group) -> None:
+    """From now on the worker's local runs are the whole group's."""
+    worker.oracle = SharedOracle(worker.trainee.oracle, group, worker.micro_batch)
