@@ -380,12 +380,11 @@ class Desk:
         for growth in self._transport.grown():
             self.meter.grown(growth)
 
-    def idle(self) -> set[str]:
-        """Measure; and nodes that all of it has arrived of, and everything sent has reached."""
+    def idle(self) -> tuple[set[str], bool]:
+        """Measure; nodes that everything sent has reached, and whether no message waits here."""
         self.measure()
-        if not self._transport.is_drained():
-            return set()
-        return {member.name for member in self.roster if member.is_idle}
+        idle = {member.name for member in self.roster if member.is_idle}
+        return idle, self._transport.is_drained()
 
     def dismiss(self, reason: str, finished: bool) -> None:
         """Say goodbye to everyone."""

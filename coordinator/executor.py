@@ -168,7 +168,7 @@ class Executor:
 
     def _commit(self, command: Commit) -> Event:
         central, stale = self.need(), dict(command.stale)
-        self._recorder.looked(self._desk.idle())
+        self._recorder.looked(*self._desk.idle())
         self.save_if_due()  # what comes may take long
         self.intake.norms.close(client for client, _ in command.refs)
         # sorted by client, one at a time, and forgotten as they are folded in

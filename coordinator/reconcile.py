@@ -87,15 +87,19 @@ class Reconciler:
         for key in meter.message:  # of a run that is resumed: its connections are gone
             self._looks[key.node, key.way] = _anew()
 
-    def look(self, idle: Collection[str]) -> None:
+    def look(self, idle: Collection[str], is_drained: bool = True) -> None:
         """All answers of a round are in, and the kernel's counts have just been taken.
 
         Args:
             idle: nodes that have answered all they were asked, so that nothing is on its way
                 but a beat; others are looked at in a later round.
+            is_drained: no message waits to be received; otherwise one may be any node's.
         """
-        gaps = self._meter.gaps()
-        self._found = {at: self._look(*at, gap) for at, gap in gaps.items() if at[0] in idle}
+        self._found = {
+            (node, way): self._look(node, way, gap, is_drained or way == "down")
+            for (node, way), gap in self._meter.gaps().items()
+            if node in idle
+        }
         self._meter.moved -= set(idle)
 
     def close(self, hidden: Collection[str]) -> tuple[dict[str, Any], int, list[Excess]]:
@@ -125,12 +129,18 @@ class Reconciler:
         for way in get_args(Way):
             self._looks.pop((node, way), None)
 
-    def _look(self, node: str, way: Way, gap: Gap) -> int | None:
+    def _look(self, node: str, way: Way, gap: Gap, is_drained: bool) -> int | None:
         """The unexplained bytes; positive where we count more than the kernel."""
         if node in self._meter.moved:  # what was lost with a connection is no mistake
             self._looks[node, way] = _anew()
         sign = 1 if way == "down" else -1
-        found = self._looks.setdefault((node, way), _Looks()).take(sign * (gap.ours - gap.kernel))
+        looks, on_way = (
+            self._looks.setdefault((node, way), _Looks()),
+            sign * (gap.ours - gap.kernel),
+        )
+        if not is_drained and (looks.settled is None or on_way > looks.settled):
+            return None  # it may be what waits
+        found = looks.take(on_way)
         return None if found is None else sign * found
 
     def _grown(self, hidden: Collection[str]) -> dict[str, Any]:

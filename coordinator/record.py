@@ -237,9 +237,9 @@ class RunRecorder:
         )
         self._reconcile(commit.round)
 
-    def looked(self, idle: Collection[str]) -> None:
+    def looked(self, idle: Collection[str], is_drained: bool) -> None:
         """The kernel's counts were just taken; ``idle`` nodes owe no answer."""
-        self._reconciler.look(idle)
+        self._reconciler.look(idle, is_drained)
 
     def _reconcile(self, round: int) -> None:
         """Write down a round's bytes, and warn of the first that nothing explains."""

@@ -88,6 +88,17 @@ def test_a_node_that_owes_an_answer_is_looked_at_when_it_has_given_it() -> None:
     assert r.close() == ([0, 0], [])
 
 
+def test_what_waits_to_be_read_may_be_the_difference() -> None:
+    r = Rounds()
+    r.moved(60, 100, is_first=True)
+    r.counted("down", 100)
+    for up, found in ((0, [None, 0]), (60, [0, 0]), (0, [0, 0])):
+        r.counted("up", up)
+        r.reconciler.look({"a"}, is_drained=False)
+        table, _, _ = r.reconciler.close(set())
+        assert [table["a"][way]["unexplained"] for way in ("up", "down")] == found
+
+
 @pytest.mark.parametrize("is_read", [True, False])
 def test_what_was_lost_with_a_connection_is_no_mistake(is_read: bool) -> None:
     r = Rounds()
