@@ -92,11 +92,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def unreachable(host: str, why: str) -> Report:
-    """The report of a host that could not be asked."""
-    what, _, mend = why.partition(": ")
-    return Report(
-        host=host, findings=(Finding("fail", what, mend or "see seedwire cluster check"),)
-    )
+    """The report of a host that could not be asked; ``why`` says what to do."""
+    return Report(host=host, findings=(Finding("fail", why, ""),))
 
 
 def look(remote: Remote, inventory: Inventory, say: Say) -> Report:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,62 @@ def test_an_experiment_runs_on_two_hosts_and_its_results_come_home(site: Site) -
         assert not list((site.place / name / "run").iterdir())
     assert not site.processes()
     assert "a: logged in, clients 0-1" in done.stderr
+
+
+def test_ctrl_c_leaves_nothing_running_and_brings_home_what_there_is(site: Site) -> None:
+    """The coordinator is on a host, too."""
+    inventory(site.place, site.config, "a", "b", coordinator="a")
+    words = ["run", "tiny.toml", "--directory", "out", "--set", "rounds.count=100000"]
+    with (site.place / "said").open("w") as said:
+        process = subprocess.Popen(
+            site.command("cluster", *words), **site.surroundings, stdout=said, stderr=said
+        )
+    try:
+        metrics = site.place / "a" / "runs" / "out" / "metrics.jsonl"
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (metrics.exists() and metrics.read_text()):
+            assert process.poll() is None, (site.place / "said").read_text()
+            assert time.monotonic() < deadline, (site.place / "said").read_text()
+            time.sleep(0.2)  # a poll of another process
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_SECONDS) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert not site.processes()
+    assert (site.place / "out" / "metrics.jsonl").read_text()
+    for name in "ab":
+        assert "logged in to run" in (site.place / "out" / "logs" / f"{name}.log").read_text()
+
+
+def test_one_host_that_is_not_reached_hides_no_other(site: Site) -> None:
+    file = inventory(site.place, site.config, "a", "b")
+    file.write_text(file.read_text().replace('address = "b"', 'address = "b"\nport = 1'))
+    done = site.cluster("check", "--format", "json", rc=UNREACHABLE)
+    a, b = json.loads(done.stdout)
+    assert a["facts"]["port"] == ""
+    assert abs(a["offset"]) <= a["uncertainty"]
+    assert b["facts"] is None
+    assert "Connection refused" in b["findings"][0]["what"]
+    rows = json.loads(site.cluster("status", "--format", "json", rc=UNREACHABLE).stdout)
+    assert [(row["host"], row["state"]) for row in rows] == [("a", "absent"), ("b", "unreachable")]
+    done = site.cluster("down", rc=UNREACHABLE)
+    assert "a: nothing ran" in done.stderr
+    assert "seedwire: b: " in done.stderr
+
+
+def test_a_node_without_a_coordinator_is_told_and_ended(site: Site) -> None:
+    inventory(site.place, site.config, "a")
+    done = site.cluster("up", "--clients", "2", "--within", "8", rc=UNREACHABLE)
+    assert "a: runs, but has not logged in within 8 s" in done.stderr
+    rows = site.statuses()
+    assert rows["a"]["state"] == "running"
+    assert rows["a"]["memory"] > 0
+    assert "a: stopped" in site.cluster("down").stderr
+    assert "a: nothing ran" in site.cluster("down").stderr
+    assert not site.processes()
+
+
+def test_a_file_that_is_wrong_is_one_line(site: Site) -> None:
+    done = site.cluster("status", rc=12)
+    assert done.stderr == "seedwire: cluster.toml: No such file or directory\n"
