@@ -7,6 +7,7 @@ again is never ended.  A shell stays with each, to write its exit code to ``run/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -118,28 +119,37 @@ def start(
 
 def stop(place: Place, within: float = STOP_SECONDS) -> Table:
     """End it: asked first, after ``within`` seconds by force; nothing if it does not run."""
-    known = place.known()
-    was = place.status()["state"]
+    known, was = place.known(), place.status()["state"]
+    group = group_of(known["pid"]) if was == "running" else None  # its own: its children's, too
     for number_, seconds in ((signal.SIGTERM, within), (signal.SIGKILL, STOP_SECONDS)):
         deadline = time.monotonic() + seconds
         if place.status()["state"] == "running":
-            try:
-                if number_ == signal.SIGKILL:  # its children, too: the group is its own
-                    os.killpg(os.getpgid(known["pid"]), number_)
-                else:
-                    os.kill(known["pid"], number_)
-            except ProcessLookupError:
-                pass
+            send(os.kill, known["pid"], number_)
         while place.status()["state"] == "running" and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
     if was == "running":
         wait_for_code(place)
+    if group is not None:
+        send(os.killpg, group, signal.SIGKILL)
     said = dict(place.status(), was=was)
     if said["state"] != "running":
         for path in (place.facts, place.code):
             if path.exists():
                 path.unlink()
     return said
+
+
+def send(how: Any, target: int, what: int) -> None:
+    """Send a signal, unless nobody is left to get it."""
+    with contextlib.suppress(ProcessLookupError):
+        how(target, what)
+
+
+def group_of(pid: int) -> int | None:
+    """The process group, or None if it has just ended."""
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return None
 
 
 def wait_for_code(place: Place) -> None:

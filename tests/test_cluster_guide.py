@@ -41,7 +41,7 @@ def test_what_needs_no_hardware_is_ours_and_is_run() -> None:
 
 @pytest.mark.net
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_commands_do_what_the_guide_says(tmp_path: Path) -> None:
     with sshd(tmp_path / "sshd") as config:
         site = Site(tmp_path, config)

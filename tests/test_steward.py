@@ -53,7 +53,7 @@ def test_what_is_sent_is_read_by_an_old_python_and_needs_nothing(name: str) -> N
 
 
 def test_a_process_is_started_known_and_ended(place: Place) -> None:
-    said = start(place, "echo $WORD; echo more; sleep 600")
+    said = start(place, "sleep 1; echo $WORD; echo more; sleep 600")  # it is waited for
     assert (said["state"], said["seen"], said["fresh"]) == ("running", True, True)
     process = psutil.Process(said["pid"])
     assert process.cmdline()[:2] == ["sh", "-c"]
@@ -95,7 +95,14 @@ def test_one_that_does_not_listen_is_ended_by_force_with_its_children(place: Pla
     child = process.children()[0]
     assert call(place, "stop", within=0.5)["was"] == "running"
     assert not is_alive(process)
-    assert not is_alive(child)
+    child.wait(PATIENCE_SECONDS)
+
+
+def test_what_it_started_ends_with_it(place: Place) -> None:
+    said = start(place, "sleep 600 & echo ready; wait")
+    child = psutil.Process(said["pid"]).children()[0]
+    assert call(place, "stop")["was"] == "running"
+    child.wait(PATIENCE_SECONDS)
 
 
 def test_a_process_that_took_the_number_is_left_alone(place: Place) -> None:
