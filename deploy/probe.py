@@ -55,9 +55,26 @@ def memory() -> list[int] | list[None]:
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return [int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable")]
+        found = [int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable")]
     except (OSError, KeyError):
         return [None, None]
+    limit = group_limit()
+    return found if limit is None else [min(n, limit) for n in found]
+
+
+def group_limit() -> int | None:
+    """Bytes that the control group of a login may have, version 1 or 2; None without a limit."""
+    for line in read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            limit = read("/sys/fs/cgroup/memory" + path + "/memory.limit_in_bytes")
+        elif not controllers:
+            limit = read("/sys/fs/cgroup" + path + "/memory.max")
+        else:
+            continue
+        if limit.isdigit():
+            return int(limit)
+    return None
 
 
 def free_bytes(directory: str) -> int:
