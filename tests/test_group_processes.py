@@ -202,7 +202,7 @@ def test_a_follower_that_is_killed_fails_its_task_and_not_the_node(
 def in_a_task(status: Path) -> bool:
     """By the node's last beat, in its first half."""
     nodes = json.loads(status.read_text())["nodes"] if status.exists() else []
-    at = [node["progress"] for node in nodes if node["progress"]]
+    at = [node["progress"] for node in nodes if node.get("progress")]
     return any(0 < p["done"] < p["total"] / 2 for p in at)
 
 
