@@ -115,9 +115,28 @@ class Central:
         """
         with np.errstate(over="ignore", invalid="ignore"):
             state, step = self.method.aggregate(self._state, self.x, round, contributions)
-            start = time.perf_counter()
+        self._commit(round, state, step)
+
+    def adopt(self, round: int, step: Payload, made: bytes) -> None:
+        """Commit a round whose step the nodes have made: all of it or nothing.
+
+        Args:
+            round: its number.
+            step: what they bring.
+            made: digest of the parameters that it gives them.
+
+        Raises:
+            ArithmeticError: it gives us others, or they are not finite; nothing has changed.
+        """
+        self._commit(round, self._state, step, made)
+
+    def _commit(self, round: int, state: Any, step: Payload, made: bytes | None = None) -> None:
+        start = time.perf_counter()
+        with np.errstate(over="ignore", invalid="ignore"):
             x = self._apply(round, step)
-            seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if made is not None and digest(x) != made:
+            raise ArithmeticError("the step that a node brings does not give what it says")
         if not (np.isfinite(step.values).all() and np.isfinite(x).all()):
             raise ArithmeticError("the aggregate is not finite")
         self._state, self.metrics = state, self.method.metrics(state)

@@ -26,7 +26,8 @@ def contribution(
         value = payload.decode(update.payload, data)
     except RemoteProtocolError as error:
         return str(error)
-    why = method.accepts(assignment, value)
+    accepts = method.collective.accepts if method.collective else method.accepts
+    why = accepts(assignment, value)
     return why or Contribution(assignment, update.examples, value, update.loss)
 
 

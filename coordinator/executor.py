@@ -8,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import msgspec
+
 from coordinator.archive import Archive
 from coordinator.central import Central
+from coordinator.collectives import Collectives
 from coordinator.desk import Desk
 from coordinator.events import (
     Abandon,
@@ -63,6 +66,7 @@ class Executor:
     Attributes:
         central: None until the evaluator has brought the parameters.
         intake: the updates of the open rounds.
+        collectives: of rounds that the nodes aggregate among themselves.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class Executor:
         norm_limit = settings.experiment.rounds.norm_limit
         self.intake = Intake(journal, self._method, norm_limit, settings.policy.max_staleness)
         desk.wants = self.intake.wants
+        deadline = settings.experiment.rounds.deadline_seconds
+        self.collectives = Collectives(desk, recorder, self.intake, now, deadline)
         self._journal, self._saved_at = journal, now()
         self._aside = ThreadPoolExecutor(1)  # its thread ends with this object
 
@@ -129,8 +135,10 @@ class Executor:
                 self._assign(command)
             case Discard():
                 self._discard(command)
+            case Commit() if self.need().method.collective is not None:
+                self.collectives.begin(command, self.need())
             case Commit():
-                yield self._commit(command)
+                yield self._aggregate(command)
             case Abandon(round=number, reason=reason):
                 log.warning("round %d abandoned: %s", number, reason)
                 self._recorder.abandoned(command, self._now())
@@ -166,15 +174,26 @@ class Executor:
             member.allowance.asked += 1
             self._desk.send(member, task)
 
-    def _commit(self, command: Commit) -> Event:
+    def settle(self) -> Iterator[Event]:
+        """Commit the round whose nodes have ended aggregating it, if there is one."""
+        made, central = self.collectives.ended(), self.central
+        if made is not None and central is not None:
+            yield self._commit(made.commit, lambda: self.collectives.adopt(made, central))
+
+    def _aggregate(self, command: Commit) -> Event:
         central, stale = self.need(), dict(command.stale)
+        # sorted by client, one at a time, and forgotten as they are folded in
+        contributions = (self._damped(ref, stale.get(c, 0)) for c, ref in command.refs)
+        return self._commit(command, lambda: central.commit(command.round, contributions))
+
+    def _commit(self, command: Commit, commit: Callable[[], None]) -> Event:
+        """Commit a round, in the one way or the other; its updates are done with."""
+        central = self.need()
         self._recorder.looked(*self._desk.idle())
         self.save_if_due()  # what comes may take long
         self.intake.norms.close(client for client, _ in command.refs)
-        # sorted by client, one at a time, and forgotten as they are folded in
-        contributions = (self._damped(ref, stale.get(c, 0)) for c, ref in command.refs)
         try:
-            self._beating(lambda: central.commit(command.round, contributions))
+            self._beating(commit)
         except ArithmeticError as error:
             log.warning("round %d is not committed: %s", command.round, error)
             for _, ref in command.refs:
@@ -231,7 +250,11 @@ class Executor:
             known = -1
         catch_up = central.catch_up(known, tier)
         for kept in catch_up.kept:
-            self._desk.offer(member, kept)
+            if member.result == kept.message.digest:  # it has made it itself
+                self._desk.send(member, msgspec.structs.replace(kept.message, payload=None))
+            else:
+                self._desk.offer(member, kept)
+        member.result = b""
         is_behind = catch_up.is_snapshot or central.version > known + 1  # else it follows online
         if is_behind and member.trains:
             self._recorder.caught_up(member, known, central.version, catch_up)

@@ -20,9 +20,22 @@ from coordinator.measures import Axis, axes, fronts, message_bytes
 from coordinator.results import PHASES
 from coordinator.view import human_bytes
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F6BC9", "#8A8A8A")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8F6BC9",
+    "#8A8A8A",
+    "#A0522D",
+)
 DASHES, MARKERS = ("solid", "dashed", "dotted", "dashdot"), ("o", "s", "^", "D")
-KINDS = ("model", "step", "task", "update", "evaluate", "heartbeat", "handshake", "control")
+KINDS = (
+    *("model", "step", "task", "update", "collective"),
+    *("evaluate", "heartbeat", "handshake", "control"),
+)
 INK = "#010203"  # stands for the text colour of the page, which is put in its place
 PANEL = (4.6, 3.3)  # inches
 STYLE: dict[Any, Any] = {
@@ -153,7 +166,7 @@ def _peaks(group: Group) -> dict[str, float]:
 def _memory(groups: Sequence[Group], ax: Axes) -> None:
     """A row for each group, a mark for each phase."""
     phases = [p for p in PHASES if any(p in _peaks(g) for g in groups)]
-    marks = dict(zip(PHASES, ("P", "s", "o", "v", "D", "^"), strict=True))
+    marks = dict(zip(PHASES, ("P", "s", "o", "v", "D", "^", "X"), strict=True))
     for colour, phase in zip(COLOURS, phases, strict=False):
         lift = 0.3 * (phases.index(phase) / max(1, len(phases) - 1) - 0.5)  # they coincide a lot
         known = [(y, _peaks(g)[phase]) for y, g in enumerate(groups) if phase in _peaks(g)]

@@ -37,7 +37,7 @@ from coordinator.roster import Member
 from protocol import experiment as experiments
 from protocol.errors import JournalError
 from protocol.experiment import Experiment
-from protocol.messages import Score, Update
+from protocol.messages import Cost, Reduced, Score, Update
 from protocol.meter import OTHERS, Meter
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 SUMMARY_VERSION = 1
 PEAKS = ("rss", "cuda", "reserved")  # of a cost, in bytes
 LINES = ("metrics.jsonl", "costs.jsonl", "bytes.jsonl", "catch-up.jsonl")
-IDLE = ("wait", "transfer", "upload")  # phases in which a node does not compute
+IDLE = ("wait", "transfer", "upload", "reduce")  # phases in which a node does not compute
 PACKAGES = (
     *("seedwire", "torch", "transformers", "tokenizers", "peft", "safetensors", "datasets"),
     *("flwr-datasets", "pyarrow", "pyzmq", "msgpack", "msgspec", "numpy"),
@@ -186,7 +186,29 @@ class RunRecorder:
         """An update was accepted for aggregation, or at least could have been."""
         line: dict[str, Any] = {"round": update.round, "client": update.client}
         line |= {"node": member.name, "examples": update.examples, "loss": update.loss}
-        for cost in update.costs:  # catch-up may come several times
+        self._add_costs(member, line, update.costs)
+        if update.vitals is not None:
+            line["vitals"] = msgspec.to_builtins(update.vitals)
+        self._append("costs.jsonl", line)
+        r, is_open = self.account.round, self.has_opened(update.round, update.attempt)
+        counts = is_open or self._folds_late
+        if r is not None and counts and update.client not in r.losses:  # else a duplicate
+            busy = (c.seconds for c in update.costs if c.phase not in IDLE)
+            add(r.train_seconds, member.name, sum(busy))
+            r.losses[update.client] = (update.examples, update.loss)
+        self._raise_peaks(member)
+
+    def reduced(self, member: Member, answer: Reduced) -> None:
+        """A node has ended its part of a collective, well or not."""
+        line: dict[str, Any] = {"round": answer.round, "node": member.name}
+        line["exchanged"] = msgspec.to_builtins(answer.exchanged)
+        self._add_costs(member, line, answer.costs)
+        self._append("costs.jsonl", line)
+        self._raise_peaks(member)
+
+    def _add_costs(self, member: Member, line: dict[str, Any], costs: tuple[Cost, ...]) -> None:
+        """Put costs into a line, by phase, and into the totals."""
+        for cost in costs:  # catch-up may come several times
             nothing = dict.fromkeys(("seconds", "joules"), 0.0) | dict.fromkeys(PEAKS)
             past = line.setdefault(cost.phase, nothing)
             past["seconds"] += cost.seconds
@@ -201,16 +223,6 @@ class RunRecorder:
             if cost.phase == "train" and cost.rss and member.name in self.account.inference:
                 over = max(0, cost.rss - self.account.inference[member.name])
                 self.account.over_inference = max(self.account.over_inference or 0, over)
-        if update.vitals is not None:
-            line["vitals"] = msgspec.to_builtins(update.vitals)
-        self._append("costs.jsonl", line)
-        r, is_open = self.account.round, self.has_opened(update.round, update.attempt)
-        counts = is_open or self._folds_late
-        if r is not None and counts and update.client not in r.losses:  # else a duplicate
-            busy = (c.seconds for c in update.costs if c.phase not in IDLE)
-            add(r.train_seconds, member.name, sum(busy))
-            r.losses[update.client] = (update.examples, update.loss)
-        self._raise_peaks(member)
 
     def committed(self, commit: Commit, now: float, metrics: Mapping[str, float]) -> None:
         """A round is done; ``metrics`` are the method's own figures."""

@@ -13,7 +13,7 @@ from coordinator.status import Reader
 from protocol.errors import ExperimentError
 
 Table = dict[str, Any]
-PHASES = ("bare", "load", "inference", "catch-up", "train", "encode")
+PHASES = ("bare", "load", "inference", "catch-up", "train", "encode", "reduce")
 
 
 @dataclass(frozen=True)

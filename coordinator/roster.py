@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from coordinator.limits import Allowance
 from fedalgos.limits import Limit
-from protocol.messages import Cost, Hello, Progress, Refuse
+from protocol.messages import Cost, Hello, Meeting, Progress, Refuse
 from protocol.noise import STREAM
 from protocol.wire import Peer
+
+NOWHERE = Meeting(address="", port=1)
 
 
 @dataclass
@@ -22,6 +24,8 @@ class Member:
     version: int | None = None  # of its parameters; None until it is ready
     space: bytes = b""
     digest: bytes = b""  # of its parameters, as it said or as it was sent them
+    meeting: Meeting = NOWHERE  # where other nodes meet it
+    result: bytes = b""  # digest of what it has made of its last collective, and not yet applied
     busy: str = "loading"
     progress: Progress | None = None  # of the task that it runs, as of its last beat
     peaks: dict[str, int] = field(default_factory=dict)  # phase -> resident bytes

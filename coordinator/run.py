@@ -74,14 +74,19 @@ def policy(e: Experiment) -> Policy:
     )
 
 
-def checked(e: Experiment) -> registry.AnySettings:
+def checked(e: Experiment, keys: Path | None = None) -> registry.AnySettings:
     """The method's settings, with what is wrong found before anything starts.
 
     Raises:
-        ExperimentError: a typo, late updates where they mean nothing, or a rule that wants more
-            updates than the quorum.
+        ExperimentError: a typo, late updates where they mean nothing, a rule that wants more
+            updates than the quorum, or what is not encrypted in a run with keys.
     """
     method = registry.settings(e.method)
+    if keys is not None and registry.is_exposed(method):
+        raise ExperimentError(
+            "[method] what the nodes send each other is not encrypted: "
+            "plaintext = true says that it may be so, or all go without keys (--insecure)"
+        )
     if e.rounds.late == "fold":
         registry.fold_late(method)
     if (why := robust.too_few(method.robust, policy(e).quorum)) is not None:
@@ -139,7 +144,7 @@ def run(experiment: Experiment, place: Place, console: Console) -> dict[str, Any
         SeedwireError: the port is taken, the model or data does not fit, the run failed, the
             journal cannot be written.
     """
-    checked(experiment)
+    checked(experiment, place.keys)
     with closing(Journal(place.directory, is_new=True)) as journal:
         begun = begin(journal, place.directory, experiment)
         return _run(begun, experiment, place, journal, console)
@@ -177,7 +182,7 @@ def _run(
     begun: Begun, experiment: Experiment, place: Place, journal: Journal, console: Console
 ) -> dict[str, Any]:
     """The run from where its journal is to its end."""
-    method, directory = checked(experiment), place.directory
+    method, directory = checked(experiment, place.keys), place.directory
     notifier = Notifier()  # before there are children
     guard = Guard(place.keys)
     router = Router(place.bind, guard)

@@ -33,7 +33,7 @@ from coordinator.executor import Executor, Settings
 from coordinator.guard import Guard
 from coordinator.journal import Journal
 from coordinator.record import RunRecorder
-from coordinator.roster import Member, Roster
+from coordinator.roster import NOWHERE, Member, Roster
 from coordinator.state import Evaluating, Finished, State
 from fedalgos.method import unchanged
 from protocol.messages import (
@@ -42,6 +42,7 @@ from protocol.messages import (
     Failed,
     Hello,
     Ready,
+    Reduced,
     Score,
     Sync,
     Update,
@@ -108,6 +109,8 @@ class Server:
                     self._expel(member, why)
         for member, reason in self.desk.keep_alive():
             self._part(member, reason)
+        for event in self.executor.settle():
+            self.feed(event)
         self.feed(Tick(self.now()))
         self.executor.save_if_due()
 
@@ -187,6 +190,8 @@ class Server:
                 log.warning("client %d on %s failed: %s", client, member.name, reason)
                 self._recorder.rejected(f"task failed: {reason}")
                 yield TaskFailed(self.now(), client, message.round, message.attempt, reason)
+            case Reduced():
+                self.executor.collectives.hear(member, message, data)
             case Score():
                 yield from self._scored(member, message)
             case Sync(version=version, reason=reason):
@@ -212,6 +217,7 @@ class Server:
         if not member.trains and self.central is None:
             self._found(ready, data)
         member.version, member.digest = ready.version, ready.digest
+        member.meeting = ready.meeting or NOWHERE
         self._recorder.ready(member)
         if self.central is not None:
             for other in self.desk.roster:
@@ -244,6 +250,7 @@ class Server:
         ref, fault = self.executor.intake.take(update, data, self.central)
         if fault is None:
             self._recorder.updated(member, update)
+            self.executor.collectives.trained(member, update.client)
         place = (update.client, update.round, update.attempt)
         return UpdateArrived(self.now(), *place, ref, fault)
 
@@ -290,6 +297,7 @@ class Server:
         self.feed(self._lost(member, reason))
 
     def _lost(self, member: Member, reason: str) -> Event:
+        self.executor.collectives.lose(member, reason)
         if member.trains:
             return NodeLost(self.now(), member.name, reason)
         return EvaluatorLost(self.now())

@@ -197,6 +197,26 @@ def one_tier(client: int) -> int:
 Plan = tuple[Assignment, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """What the nodes of a round do among themselves, where updates stay on their nodes.
+
+    Attributes:
+        announce: update -> what is sent in its place.
+        accepts: (assignment, announcement) -> None, or why it cannot be one.
+        share: (updates on one node, examples of all nodes together) -> its part of the sum,
+            flat fp32.
+        step: (parameters, the sum over all nodes) -> step payload.
+        seconds: for how long a node waits for another.
+    """
+
+    announce: Callable[[Payload], Payload]
+    accepts: Callable[[Assignment, Payload], str | None]
+    share: Callable[[Iterable[Contribution], int], Flat]
+    step: Callable[[Flat, Flat], Payload]
+    seconds: float
+
+
 def unchanged(state: Any, plan: Plan, limits: Mapping[int, Limit]) -> Plan:
     """The plan of methods that ask everybody for the same."""
     del state, limits
@@ -229,6 +249,8 @@ class Method(Generic[S]):
             can be; clients without one may get what others leave.
         origin: (parameters, assignment) -> the values of a payload that would change
             nothing; None for zeros.  How far a payload is from it is its norm.
+        collective: how nodes aggregate without the coordinator; it must come to what
+            ``aggregate`` does, but for rounding.  Steps must suffice by themselves.
     """
 
     init: Callable[[Flat], tuple[S, Payload | None]]
@@ -245,6 +267,7 @@ class Method(Generic[S]):
     takes: TakesOf | None = None
     fit: Callable[[S, Plan, Mapping[int, Limit]], Plan] = unchanged
     origin: Callable[[Flat, Assignment], Flat | None] = from_zero
+    collective: Collective | None = None
 
     @property
     def absolute(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fedalgos import robust
+from fedalgos.allreduce import FedAvgAllreduce, fedavg_allreduce
 from fedalgos.baffle import Baffle, baffle
 from fedalgos.decomfl import DeComFL, decomfl
 from fedalgos.fedavg import FedAvg, fedavg
@@ -36,6 +37,7 @@ from protocol.errors import ExperimentError
 
 AnySettings = (
     FedAvg
+    | FedAvgAllreduce
     | FedMezo
     | FedKSeed
     | DeComFL
@@ -85,6 +87,11 @@ def is_private(o: AnySettings) -> bool:
     return isinstance(o, SparseSettings) and o.dp is not None
 
 
+def is_exposed(o: AnySettings) -> bool:
+    """Whether nodes send each other what is not encrypted, and nobody has said that they may."""
+    return isinstance(o, FedAvgAllreduce) and not o.plaintext
+
+
 def build(o: AnySettings, space: ParamSpace, seed: int, secret: bytes | None = None) -> Method[Any]:
     """The method over a parameter space.
 
@@ -102,6 +109,8 @@ def _plain(o: AnySettings, space: ParamSpace, seed: int, secret: bytes | None) -
     match o:
         case FedAvg():
             return fedavg(o, space)
+        case FedAvgAllreduce():
+            return fedavg_allreduce(o, space)
         case FedMezo():
             return fedmezo(o, space, seed)
         case FedKSeed():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from protocol.experiment import Experiment
-from protocol.messages import Limits, Message, Progress, Ready, Task
+from protocol.messages import Limits, Message, Progress, Ready, Reduce, Task
 from protocol.wire import Frame
 
 
@@ -144,6 +144,8 @@ class Engine:
                 return
             self._tasks.add(place)
             self._newest = max(self._newest, place[:2])
+        if isinstance(message, Reduce):  # what of its round has not begun comes too late
+            self._newest = max(self._newest, (message.round, message.attempt + 1))
         self._jobs.put((message, data))
 
     def take(self) -> list[Outcome]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from node.address import facing
 from node.engine import Engine, Outcome, Setup
 from node.machine import Machine
 from node.uploads import Uploads
@@ -38,6 +39,7 @@ from protocol.messages import (
     Message,
     Pull,
     Ready,
+    Reduce,
     Refuse,
     Reject,
     Step,
@@ -66,7 +68,7 @@ COORDINATOR = b""  # the one peer
 class _Job:
     """A job in the order received; a step may still be waiting for its payload."""
 
-    message: Carrier | Task | Evaluate
+    message: Carrier | Task | Reduce | Evaluate
     data: Frame | None = None
     is_whole: bool = True
     since: float = 0.0  # announced
@@ -241,7 +243,7 @@ class Session:
                     self._log_in()
             case Refuse(reason=reason):
                 raise RefusedError(reason)
-            case Step() | Task() | Evaluate():
+            case Step() | Task() | Reduce() | Evaluate():
                 self._queue(message, buffer)
             case Chunk():
                 self._chunk(message, buffer)
@@ -268,7 +270,7 @@ class Session:
             log.info("back in run %s", welcome.run)
             self._send_out(self._engine.ready)
 
-    def _queue(self, message: Step | Task | Evaluate, buffer: Frame | None) -> None:
+    def _queue(self, message: Step | Task | Reduce | Evaluate, buffer: Frame | None) -> None:
         if len(self._jobs) >= MAX_JOBS:  # behind a step that does not come
             log.warning("dropped a %s: too many wait already", type(message).__name__.lower())
             return
@@ -332,6 +334,11 @@ class Session:
         if isinstance(message, Update) and (seconds := self._uploads.take()) is not None:
             costs = (*message.costs, Cost("upload", seconds))
             message = msgspec.structs.replace(message, costs=costs)
+        if isinstance(message, Ready) and message.meeting is not None:
+            # how we reach the coordinator is how others on its network reach us
+            address = facing(self._endpoint) or message.meeting.address
+            meeting = msgspec.structs.replace(message.meeting, address=address)
+            message = msgspec.structs.replace(message, meeting=meeting)
         now = time.monotonic()
         if isinstance(message, Ready | Update) and now >= self._vitals_at + VITALS_SECONDS:
             self._vitals_at = now

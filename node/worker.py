@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 
 from fedalgos import registry
-from fedalgos.method import Assignment, Memory, Work
+from fedalgos.method import Assignment, Contribution, Memory, Work
 from fedalgos.space import ParamSpace, digest
 from node import batches, energy, trainee
+from node.collective import Averaging, CollectiveError
 from node.engine import Outcome, Setup
 from node.measure import LimitError, Phases
 from node.ranks import GroupError, RankError
@@ -30,8 +31,11 @@ from protocol.messages import (
     Evaluate,
     Failed,
     Limits,
+    Meeting,
     Message,
     Ready,
+    Reduce,
+    Reduced,
     Score,
     Step,
     Sync,
@@ -85,6 +89,10 @@ class Worker:
         self.x: Flat = self.trainee.initial()
         self._initial = self.x if self.method.onto == "initial" else None
         self.version, self._digest, self._is_syncing = 0, digest(self.x), False
+        self._averaging: Averaging | None = None
+        if self.method.collective is not None and not setup.evaluates:
+            log.warning("what this node exchanges with others is not encrypted")
+            self._averaging = Averaging(self.method.collective)
         self._store: Store | None = None
         if setup.state is not None and not setup.evaluates:
             self._store = Store(setup.state, setup.run, self.space.digest)
@@ -137,10 +145,12 @@ class Worker:
 
     def statement(self) -> Ready:
         """Which version is held; what a login after a lost connection repeats."""
+        averaging = self._averaging
         return Ready(
             version=self.version,
             digest=self._digest,
             space=self.space.digest,
+            meeting=Meeting(address="", port=averaging.port) if averaging else None,
         )
 
     def run(
@@ -155,6 +165,8 @@ class Worker:
                 return self._apply(message, buffer)
             case Task():
                 return self._local(message, tell)
+            case Reduce() if self._averaging is not None:
+                return self._reduce(message, self._averaging)
             case Evaluate():
                 return self._score(message)
             case _:
@@ -168,6 +180,11 @@ class Worker:
             return None  # sent twice
         if not replaces and step.version != self.version + 1:
             return self._sync(f"version {step.version} does not follow {self.version}")
+        if step.payload is None and self._averaging is not None:
+            made = self._averaging.result(step.digest)
+            if made is not None:
+                self._hold(made, step)
+                return None
         if step.payload is None or buffer is None:
             return self._sync(f"step {step.version} came without its payload")
         with self._phases("catch-up"):
@@ -180,14 +197,17 @@ class Worker:
                     x = self.method.apply(base, step.round, value)
             except (RemoteProtocolError, AssertionError, ValueError, IndexError) as error:
                 return self._sync(f"step {step.version} does not apply: {error}"[:1000])
-            got = digest(x)
-            if got != step.digest:
+            if digest(x) != step.digest:
                 return self._sync(f"the digest of version {step.version} differs")
-        self.x, self.version, self._digest, self._is_syncing = x, step.version, got, False
+        self._hold(x, step)
+        return None
+
+    def _hold(self, x: Flat, step: Step) -> None:
+        """Go on with the parameters that a step has made."""
+        self.x, self.version, self._digest, self._is_syncing = x, step.version, step.digest, False
         if self._initial is not None and step.version == 0:
             self._initial = x  # ours was another: the coordinator's is what steps go onto
         self._keep()
-        return None
 
     def _sync(self, reason: str) -> Outcome | None:
         """Ask for a snapshot, once until something has been applied again."""
@@ -238,6 +258,9 @@ class Worker:
         if not (math.isfinite(loss) and np.isfinite(value.values).all()):
             raise ArithmeticError(f"the training loss is {loss}, or the update is not finite")
         with self._phases("encode"):
+            if self._averaging is not None:
+                kept = Contribution(assignment, sum(seen), value, loss)
+                value = self._averaging.keep(place, kept)
             spec, buffer = payload.spec_of(value), payload.encode(value)
         if memory.value is not None:
             self._memories[order.client] = past = with_newest(past, place, memory.value)
@@ -253,6 +276,22 @@ class Worker:
             costs=self._phases.take(),
         )
         return Outcome(update, buffer)
+
+    def _reduce(self, order: Reduce, averaging: Averaging) -> Outcome:
+        answer = Reduced(round=order.round, attempt=order.attempt)
+        buffer: memoryview | None = None
+        try:
+            with self._phases("reduce"):
+                answer, buffer = averaging.reduce(self.x, order)
+        except Exception as error:
+            is_foreseen = isinstance(error, CollectiveError)
+            log.error(
+                "round %d: the all-reduce failed: %s", order.round, error, exc_info=not is_foreseen
+            )
+            fault = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
+            fault = fault.splitlines()[0][:500]
+            answer = msgspec.structs.replace(answer, fault=fault, exchanged=averaging.exchanged)
+        return Outcome(msgspec.structs.replace(answer, costs=self._phases.take()), buffer)
 
     def _score(self, message: Evaluate) -> Outcome | None:
         if message.version != self.version:  # after a resync the request comes again

@@ -40,6 +40,7 @@ Phase = Literal[
     "catch-up",
     "train",
     "encode",
+    "reduce",
     "evaluate",
     "wait",
     "transfer",
@@ -105,6 +106,28 @@ class Vitals(Struct, frozen=True, omit_defaults=True):
     received: Size | None = None
     resent: Size | None = None
     rtt: Seconds | None = None
+
+
+class Meeting(Struct, frozen=True, kw_only=True):
+    """Where a node can be met by others, for a collective."""
+
+    address: Text  # a number, IPv4 or IPv6
+    port: Annotated[int, Meta(ge=1, le=65_535)]
+
+
+class Exchanged(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a node has sent to other nodes, and received from them, in one collective.
+
+    Attributes:
+        payload, message: bytes each way, as they are in our own count.
+        sent, received, resent: by its kernel's count of the very connections.
+    """
+
+    payload: Size = 0
+    message: Size = 0
+    sent: Size | None = None
+    received: Size | None = None
+    resent: Size | None = None
 
 
 class Progress(Struct, frozen=True, kw_only=True):
@@ -205,6 +228,7 @@ class Ready(Carrier, frozen=True, kw_only=True, tag="ready"):
     tensors: Annotated[tuple[TensorInfo, ...], Meta(max_length=wire.MAX_ARRAY)] = ()
     costs: tuple[Cost, ...] = ()
     vitals: Vitals | None = None  # from time to time
+    meeting: Meeting | None = None  # of a method whose nodes average among themselves
 
 
 class Update(Carrier, frozen=True, kw_only=True, tag="update"):
@@ -226,6 +250,22 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
     attempt: RoundNumber = 0
     client: ClientId
     reason: Text
+
+
+class Reduced(Carrier, frozen=True, kw_only=True, tag="reduced"):
+    """The answer to a ``reduce``; the lowest rank brings the step along.
+
+    Attributes:
+        digest: of the parameters that the step makes; None if it came to nothing.
+        fault: why it came to nothing.
+    """
+
+    round: RoundNumber
+    attempt: RoundNumber = 0
+    digest: Digest | None = None
+    fault: Text = ""
+    exchanged: Exchanged = Exchanged()
+    costs: tuple[Cost, ...] = ()
 
 
 class Score(Message, frozen=True, kw_only=True, tag="score"):
@@ -289,10 +329,36 @@ class Task(Message, frozen=True, kw_only=True, tag="task"):
     tier: Annotated[int, Meta(ge=0, lt=1024)] | None = None  # null: the client's own
 
 
+class Reduce(Message, frozen=True, kw_only=True, tag="reduce"):
+    """Average the round's updates with the other nodes that hold some.
+
+    Attributes:
+        version: of the parameters that the updates are changes of.
+        clients: of this node, whose updates count.
+        examples: of all nodes' clients together.
+        rank, ranks: this node's place among the nodes, and how many there are.
+        address: this node's own.
+        meeting: of the node with rank 0.
+        seconds: for how long to wait for another.
+    """
+
+    round: RoundNumber
+    attempt: RoundNumber = 0
+    version: Version
+    clients: Annotated[tuple[ClientId, ...], Meta(min_length=1, max_length=wire.MAX_ARRAY)]
+    examples: Weight
+    rank: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    ranks: Annotated[int, Meta(ge=1, le=1 << 16)]
+    address: Text
+    meeting: Meeting
+    seconds: Annotated[float, Meta(gt=0, le=1e6)]
+
+
 class Step(Carrier, frozen=True, kw_only=True, tag="step"):
     """A committed round: applying it to ``version - 1`` gives ``version``.
 
     With ``snapshot`` the payload is the parameters themselves and any version will do.
+    Without a payload it is what the node itself has answered to the last ``reduce``.
     """
 
     version: Version
@@ -318,8 +384,8 @@ class Reject(Message, frozen=True, kw_only=True, tag="reject"):
 
 
 Both = Beat | Pull | Chunk | Bye
-ToCoordinator = Hello | Enroll | Ready | Update | Failed | Score | Sync | Both
-ToNode = Welcome | Enrolled | Refuse | Task | Step | Evaluate | Reject | Both
+ToCoordinator = Hello | Enroll | Ready | Update | Failed | Reduced | Score | Sync | Both
+ToNode = Welcome | Enrolled | Refuse | Task | Reduce | Step | Evaluate | Reject | Both
 
 M = TypeVar("M", bound=Message)
 

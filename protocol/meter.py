@@ -16,8 +16,11 @@ from protocol.messages import (
     Carrier,
     Chunk,
     Evaluate,
+    Exchanged,
     Message,
     Ready,
+    Reduce,
+    Reduced,
     Score,
     Step,
     Task,
@@ -26,7 +29,17 @@ from protocol.messages import (
 from protocol.tcp import Growth, Traffic
 from protocol.wire import Frame
 
-Kind = Literal["model", "task", "update", "step", "evaluate", "control", "heartbeat", "handshake"]
+Kind = Literal[
+    "model",
+    "task",
+    "update",
+    "collective",
+    "step",
+    "evaluate",
+    "control",
+    "heartbeat",
+    "handshake",
+]
 Way = Literal["up", "down"]
 Layer = Literal["zmtp", "curve"]
 Mechanism = Literal["null", "curve"]
@@ -89,6 +102,10 @@ class Meter:
         self.traffic: dict[str, Traffic] = {}
         self.moved: set[str] = set()
         self._mechanism: Mechanism = mechanism
+        self._apart: Counter[tuple[str, Way]] = (
+            Counter()
+        )  # of ``traffic``, not on connections to us
+        self._half_seen: set[str] = set()  # nodes whose kernel does not count what others do not
 
     def count(self, key: Key, frames: Sequence[Frame], payload: int) -> None:
         """Add one message."""
@@ -111,7 +128,24 @@ class Meter:
         """Add what the kernel has counted; the coordinator's end sends down."""
         if growth.is_last:
             self.moved.add(growth.owner)
-        self.traffic[growth.owner] = self.traffic.get(growth.owner, Traffic()).plus(growth)
+        if growth.owner not in self._half_seen:
+            self.traffic[growth.owner] = self.traffic.get(growth.owner, Traffic()).plus(growth)
+
+    def exchanged(self, node: str, found: Exchanged) -> None:
+        """Add what a node says of a collective: what it has sent is up, what came is down."""
+        for way in get_args(Way):
+            key = Key(node, way, "collective")
+            self.payload[key] += found.payload
+            self.message[key] += found.message
+        if found.sent is None or found.received is None:
+            self._half_seen.add(node)
+            self.traffic.pop(node, None)
+        elif (past := self.traffic.get(node)) is not None:
+            # as our end of a connection would count it; ``resent`` is what we have sent again
+            growth = Growth(node, found.received, found.sent, 0, past.rtt_seconds, False)
+            self.traffic[node] = past.plus(growth)
+            self._apart[node, "up"] += found.sent
+            self._apart[node, "down"] += found.received
 
     def merge(self, node: str) -> None:
         """Count a node among the others from now on."""
@@ -128,14 +162,16 @@ class Meter:
             self.traffic[OTHERS] = self.traffic.get(OTHERS, Traffic()).merged(traffic)
 
     def gaps(self) -> dict[tuple[str, Way], Gap]:
-        """Our count beside the kernel's, of each node that it knows."""
+        """Our count beside the kernel's, of each node that it knows, on its connections to us."""
         ours: Counter[tuple[str, Way]] = Counter()
         for key, nbytes in self.message.items():
-            ours[key.node, key.way] += nbytes
+            if key.kind != "collective":  # on other connections
+                ours[key.node, key.way] += nbytes
         found: dict[tuple[str, Way], Gap] = {}
         for node, traffic in self.traffic.items():
-            found[node, "up"] = Gap(ours[node, "up"], traffic.received)
-            found[node, "down"] = Gap(ours[node, "down"], traffic.sent)
+            up, down = self._apart[node, "up"], self._apart[node, "down"]
+            found[node, "up"] = Gap(ours[node, "up"], traffic.received - up)
+            found[node, "down"] = Gap(ours[node, "down"], traffic.sent - down)
         return found
 
 
@@ -153,9 +189,9 @@ def kind_of(message: Message) -> Kind:
             return "model" if snapshot else "step"
         case Ready():
             return "model"
-        case Update():
+        case Update() | Reduced():
             return "update"
-        case Task():
+        case Task() | Reduce():
             return "task"
         case Evaluate() | Score():
             return "evaluate"

@@ -45,6 +45,7 @@ REFUSES: list[tuple[dict[str, Any], str]] = [
     ({"name": "adapter-lth"}, "which places"),
     ({"name": "fedselect"}, "which places"),
     ({"name": "hetlora", "ranks": [2], "weight": "norm"}, 'weight = "norm"'),
+    ({"name": "fedavg-allreduce"}, "stay on their nodes"),
     (CHANGE | {"robust": {"kind": "median"}}, "robust"),
 ]
 

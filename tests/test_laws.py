@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedalgos import guard
+from fedalgos.allreduce import FedAvgAllreduce
 from fedalgos.baffle import Baffle
 from fedalgos.decomfl import DeComFL
 from fedalgos.fedavg import FedAvg
@@ -96,6 +97,7 @@ def row(o: AnySettings, space: ParamSpace = FOUR) -> Row:
 
 ROWS: dict[str, Row] = {
     "fedavg": row(FedAvg(steps=STEPS)),
+    "fedavg-allreduce": row(FedAvgAllreduce(steps=STEPS)),
     "fedavg, change": row(FedAvg(steps=STEPS, sends="change")),
     "fedavg, split, change": row(FedAvg(steps=STEPS, split=True, sends="change")),
     "fedavg, adam": row(FedAvg(steps=STEPS, server=Adam(lr=0.05))),

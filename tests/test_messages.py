@@ -21,12 +21,16 @@ from protocol.messages import (
     Enroll,
     Enrolled,
     Evaluate,
+    Exchanged,
     Failed,
     Hello,
+    Meeting,
     Message,
     Progress,
     Pull,
     Ready,
+    Reduce,
+    Reduced,
     Refuse,
     Reject,
     Score,
@@ -88,7 +92,7 @@ carried: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.fixed_dictionaries({"payload": specs}),
     st.fixed_dictionaries({"payload": specs, "blob": versions}),
 )
-phases = st.sampled_from(["load", "inference", "catch-up", "train", "encode", "evaluate"])
+phases = st.sampled_from(["load", "inference", "catch-up", "train", "encode", "reduce"])
 maybe = st.none() | sizes
 costs = tuples(st.builds(Cost, phases, seconds, maybe, maybe, maybe, st.none() | seconds))
 vitals = st.none() | st.builds(
@@ -105,6 +109,7 @@ vitals = st.none() | st.builds(
     resent=maybe,
     rtt=st.none() | seconds,
 )
+meetings = st.builds(Meeting, address=text, port=st.integers(1, 65_535))
 tensors = tuples(st.builds(TensorInfo, text, tuples(sizes), text))
 tables = st.dictionaries(
     text, st.recursive(text | st.integers(0, 9), lambda v: st.lists(v) | st.dictionaries(text, v))
@@ -146,6 +151,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
         tensors=tensors,
         costs=costs,
         vitals=vitals,
+        meeting=st.none() | meetings,
     ),
     Update: carrier(
         Update,
@@ -156,6 +162,17 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
         vitals=vitals,
     ),
     Failed: st.builds(Failed, **where, reason=text),
+    Reduced: carrier(
+        Reduced,
+        round=rounds,
+        attempt=rounds,
+        digest=st.none() | digests,
+        fault=text,
+        exchanged=st.builds(
+            Exchanged, payload=sizes, message=sizes, sent=maybe, received=maybe, resent=maybe
+        ),
+        costs=costs,
+    ),
     Score: st.builds(
         Score,
         version=versions,
@@ -167,6 +184,19 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     Sync: st.builds(Sync, version=versions, reason=text),
     Welcome: st.builds(Welcome, run=text, experiment=tables),
     Refuse: st.builds(Refuse, code=text, reason=text),
+    Reduce: st.builds(
+        Reduce,
+        round=rounds,
+        attempt=rounds,
+        version=versions,
+        clients=st.lists(clients, min_size=1, max_size=3).map(tuple),
+        examples=st.integers(1, (1 << 40) - 1),
+        rank=small,
+        ranks=st.integers(1, 50),
+        address=text,
+        meeting=meetings,
+        seconds=st.floats(1, 1e6),
+    ),
     Task: st.builds(
         Task,
         **where,

@@ -187,7 +187,7 @@ class Peer:
             case Welcome():
                 self.say(*self.ready(), delay=self.delay)
             case Step() | Task() | Evaluate():
-                job = [message, buffer, buffer is not None or not isinstance(message, Step)]
+                job = [message, buffer, not isinstance(message, Step) or message.blob is None]
                 self.jobs.append(job)
                 if isinstance(message, Step) and message.blob is not None:
                     assert message.payload is not None

@@ -43,6 +43,9 @@ METHODS = {
     'local = { kind = "sgd", lr = 0.5 }\nserver = { kind = "sgd", lr = 1.0 }',
     "dense": 'name = "fedavg"\nsteps = 2\nlocal = { kind = "sgd", lr = 0.5 }\n'
     'server = { kind = "adam", lr = 0.1 }',
+    "averaging": 'name = "fedavg"\nsteps = 2\nlocal = { kind = "sgd", lr = 0.5 }',
+    "allreduce": 'name = "fedavg-allreduce"\nsteps = 2\nlocal = { kind = "sgd", lr = 0.5 }\n'
+    "plaintext = true\ntimeout_seconds = 5",
 }
 EXPERIMENT = """
 [run]
