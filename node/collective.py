@@ -90,6 +90,10 @@ class Averaging:
         """What the last collective has taken, also if it came to nothing."""
         return self._circle.exchanged
 
+    def close(self) -> None:
+        """Nobody can be met here any more."""
+        self._circle.close()
+
     def _has(self, order: Reduce, client: int) -> bool:
         return self._place == (order.round, order.attempt) and client in self._updates
 
@@ -127,7 +131,7 @@ class Circle:
         # whoever was here before us has met us already
         self._seen |= {i for i, fd in _sockets().items() if _port_of(fd) != self.port}
         with closing(tcp.Connections()) as connections:
-            is_whole = False
+            is_whole, group = False, None
             try:
                 group = self._join(order)
                 self._watch(connections)
@@ -136,9 +140,14 @@ class Circle:
             except RuntimeError as error:
                 raise CollectiveError(_line(error)) from error
             finally:
+                group = None  # its connections close, also where an error keeps this frame
                 self.exchanged = _exchanged(
                     connections, self._unsent_bytes(), x.nbytes, order.ranks, is_whole
                 )
+
+    def close(self) -> None:
+        """End the store's threads: at the end of the process they would abort it."""
+        self._store = None
 
     def _join(self, order: Reduce) -> Any:
         """Meet the others; returns a connected process group."""

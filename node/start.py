@@ -86,15 +86,17 @@ class Life:
     @contextmanager
     def ending(self) -> Iterator[None]:
         """End the process by the exit code that comes out of here."""
+        code = 0
         try:
             yield
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
             code = 0 if code == INTERRUPTED else code  # told to leave, and left: nothing is wrong
-            if not self.is_idle:  # a thread is inside torch: the interpreter cannot be unwound
-                sys.stderr.flush()
-                os._exit(code)
-            raise SystemExit(code) from end
+            if self.is_idle:
+                raise SystemExit(code) from end
+        if not self.is_idle:  # a thread is inside torch: the interpreter cannot be unwound
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def mending(admission: Admission) -> str:

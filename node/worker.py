@@ -109,6 +109,8 @@ class Worker:
 
     def close(self) -> None:
         """Keep what is held; nothing follows."""
+        if self._averaging is not None:
+            self._averaging.close()
         self._keep(last=True)
 
     def _keep(self, *, last: bool = False) -> None:
