@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,10 @@ from fedalgos.method import Collective as Among
 from fedalgos.method import Method
 from fedalgos.optim import Sgd
 from fedalgos.space import digest
+from node.admission import Admission
 from node.collective import Averaging, Circle, CollectiveError, ring_bytes
+from node.engine import Setup
+from node.start import Life, Start
 from protocol import payload
 from protocol.errors import ExperimentError
 from protocol.messages import Cost, Exchanged, Meeting, Reduce, Reduced, Step, Task, Update
@@ -159,6 +163,18 @@ def test_an_update_of_another_attempt_is_not_reduced_and_a_result_is_held_once()
     assert made is not None
     assert list(made) == list(x)
     assert averaging.result(digest(x)) is None
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_an_orderly_end_does_not_unwind_a_thread_that_is_inside_torch(
+    monkeypatch: pytest.MonkeyPatch, is_idle: bool
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    life = Life(Start(Setup((0,)), Admission("tcp://x:1", "a", Path(), None, 0.0)))
+    with life.ending():
+        life.is_idle = is_idle
+    assert codes == ([] if is_idle else [0])
 
 
 def test_the_bytes_of_a_ring() -> None:
