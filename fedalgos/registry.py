@@ -87,6 +87,11 @@ def is_private(o: AnySettings) -> bool:
     return isinstance(o, SparseSettings) and o.dp is not None
 
 
+def is_collective(o: AnySettings) -> bool:
+    """Whether nodes aggregate among themselves."""
+    return isinstance(o, FedAvgAllreduce)
+
+
 def is_exposed(o: AnySettings) -> bool:
     """Whether nodes send each other what is not encrypted, and nobody has said that they may."""
     return isinstance(o, FedAvgAllreduce) and not o.plaintext

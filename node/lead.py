@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from fedalgos import registry
 from node import orders
 from node.engine import Outcome, Ranks, Setup
 from node.ranks import (
@@ -30,7 +31,7 @@ from node.ranks import (
     device_of,
 )
 from node.worker import Worker
-from protocol.errors import ModelError, RunError
+from protocol.errors import ExperimentError, ModelError, RunError
 from protocol.experiment import Experiment
 from protocol.messages import Beat, Bye, Failed, Message, Ready, Step, Task
 from protocol.wire import Frame
@@ -49,10 +50,16 @@ class Lead:
         ranks: its group.
 
     Raises:
-        SeedwireError: the model or the data is not there or does not fit.
+        SeedwireError: the model or the data is not there or does not fit, or the method is not
+            for a node of several processes.
     """
 
     def __init__(self, experiment: Experiment, setup: Setup, ranks: Ranks) -> None:
+        if registry.is_collective(registry.settings(experiment.method)):
+            raise ExperimentError(
+                "[method] nodes that average among themselves are one process each: "
+                "start this one without --ranks"
+            )
         if not (setup.threads or ranks.is_launched):  # torchrun sees to that itself
             setup = replace(setup, threads=max(1, (os.cpu_count() or 1) // ranks.size))
         self._ranks = ranks

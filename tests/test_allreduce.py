@@ -25,7 +25,8 @@ from fedalgos.optim import Sgd
 from fedalgos.space import digest
 from node.admission import Admission
 from node.collective import Averaging, Circle, CollectiveError, ring_bytes
-from node.engine import Setup
+from node.engine import Ranks, Setup
+from node.lead import Lead
 from node.start import Life, Start
 from protocol import payload
 from protocol.errors import ExperimentError
@@ -175,6 +176,11 @@ def test_an_orderly_end_does_not_unwind_a_thread_that_is_inside_torch(
     with life.ending():
         life.is_idle = is_idle
     assert codes == ([] if is_idle else [0])
+
+
+def test_a_node_of_several_ranks_is_refused_in_one_line() -> None:
+    with pytest.raises(ExperimentError, match="without --ranks"):
+        Lead(experiment(ALLREDUCE), Setup((0,), ranks=Ranks(2)), Ranks(2))
 
 
 def test_the_bytes_of_a_ring() -> None:
