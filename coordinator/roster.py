@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from coordinator.limits import Allowance
-from fedalgos.limits import Limit
-from protocol.messages import Cost, Hello, Meeting, Progress, Refuse
+from fedalgos.limits import ENDLESS, Limit
+from protocol.messages import Cost, Hello, Limits, Meeting, Progress, Refuse
 from protocol.noise import STREAM
 from protocol.wire import Peer
 
@@ -30,6 +30,7 @@ class Member:
     progress: Progress | None = None  # of the task that it runs, as of its last beat
     peaks: dict[str, int] = field(default_factory=dict)  # phase -> resident bytes
     allowance: Allowance = field(default_factory=Allowance)
+    probe: float | None = None  # seconds of one inference, as it has measured before the run
 
     @property
     def name(self) -> str:
@@ -37,11 +38,13 @@ class Member:
 
     @property
     def limit(self) -> Limit | None:
-        """Of the bytes that a round may take here, if it has said one."""
-        said = self.hello.limits
-        if said is None or said.bytes is None:
+        """Of what a round may take here and can be planned, if it has said one."""
+        said = self.hello.limits or Limits()
+        passes = said.seconds / self.probe if said.seconds and self.probe else None
+        if said.bytes is None and passes is None:
             return None
-        return Limit(said.bytes, len(self.hello.clients))
+        nbytes = ENDLESS if said.bytes is None else said.bytes
+        return Limit(nbytes, len(self.hello.clients), passes)
 
     @property
     def trains(self) -> bool:
@@ -67,6 +70,7 @@ class Roster:
         self._num_clients = num_clients
         self._software = software
         self._by_name: dict[str, Member] = {}
+        self._probes: dict[str, float] = {}  # a later login does not say it again
 
     def __iter__(self) -> Iterator[Member]:
         return iter(list(self._by_name.values()))
@@ -121,7 +125,14 @@ class Roster:
         """Log a node in, at once; returns it and the earlier login that this one supersedes."""
         old = self._by_name.get(hello.node)
         self._by_name[hello.node] = member = Member(hello, peer, now)
+        member.probe = self._probes.get(hello.node)
         return member, old
+
+    def probed(self, member: Member, costs: tuple[Cost, ...]) -> None:
+        """Keep how long an inference takes, if this says so."""
+        for cost in costs:
+            if cost.phase == "inference" and cost.seconds > 0:
+                self._probes[member.name] = member.probe = cost.seconds
 
     def drop(self, member: Member) -> None:
         if self._by_name.get(member.name) is member:

@@ -213,6 +213,7 @@ class Server:
 
     def _ready(self, member: Member, ready: Ready, data: Frame | None) -> Iterator[Event]:
         member.add_costs(ready.costs)
+        self.desk.roster.probed(member, ready.costs)
         member.space, member.busy = ready.space, ""
         if not member.trains and self.central is None:
             self._found(ready, data)
@@ -233,7 +234,8 @@ class Server:
 
     def _note_limit(self, member: Member) -> None:
         """Say it where a limit of bytes is not planned within."""
-        if member.version is None or member.limit is None or self.central is None:
+        said = member.hello.limits
+        if member.version is None or said is None or said.bytes is None or self.central is None:
             return
         method = self.central.method
         if method.takes is None and method.fit is unchanged:

@@ -45,6 +45,7 @@ from protocol.errors import ExperimentError
 from protocol.noise import Direction
 from protocol.payload import Flat, Payload, Run, Scalars
 
+PASSES = {"central": 2.0, "jvp": 2.25}  # inferences that one direction takes; docs/benchmarks.md
 MOST = 4096  # directions of one client in one attempt: its picks stay within a task's bounds
 
 
@@ -143,7 +144,7 @@ def fwdllm(o: FwdLLM, space: ParamSpace, seed: int) -> Method[State]:
         apply=partial(apply, known),
         onto="previous",
         metrics=metrics,
-        fit=fit,
+        fit=partial(fit, known),
     )
 
 
@@ -163,15 +164,23 @@ def plan(f: Setup, s: State, round: int, cohort: Sequence[int]) -> tuple[Assignm
     return tuple(Assignment(c, picks=(count, *picks.pack(of[c]))) for c in cohort)
 
 
-def fit(s: State, plan: Plan, limits: Mapping[int, Limit]) -> Plan:
-    """Fewer directions, though one at the least, for who has no room for as many scalars."""
+def fit(f: Setup, s: State, plan: Plan, limits: Mapping[int, Limit]) -> Plan:
+    """Fewer directions, though one at the least, for who has no room or no time for as many."""
     down = 4 * (len(s.pool.values) + sum(a.picks[0] for a in plan))  # a step, if there is one
+
+    def room(limit: Limit) -> int:
+        scalars = limit.update_bytes(down) // 4
+        if (
+            limit.passes is None or not f.o.steps
+        ):  # a pass over the data: nobody here knows how long
+            return scalars
+        return min(scalars, int(limit.passes / (f.o.steps * PASSES[f.o.estimator])))
 
     def fitted(a: Assignment) -> Assignment:
         asked = directions(a)
         most = len(asked)
         if a.client in limits:
-            most = max(1, limits[a.client].update_bytes(down) // 4)
+            most = max(1, min(room(limits[a.client]), most))
         return replace(a, picks=(most, *picks.pack(asked[:most]))) if most < len(asked) else a
 
     return tuple(map(fitted, plan))

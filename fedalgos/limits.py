@@ -1,13 +1,16 @@
 """What a node lets a round take, and what that makes of a plan.
 
 Bytes are of payload: the method's own numbers, a step down and each client's update up.
-Messages around them are not in it, nor is the first copy of the parameters.
+Messages around them are not in it, nor is the first copy of the parameters.  Time is in
+inferences, of which the node has measured one before the run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+ENDLESS = 1 << 62  # bytes: no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +20,12 @@ class Limit:
     Attributes:
         nbytes: of payload in one round, both ways.
         clients: how many it hosts; each may be asked in the same round.
+        passes: inferences of a mini-batch that a task has time for; None is no limit.
     """
 
-    nbytes: int
+    nbytes: int = ENDLESS
     clients: int = 1
+    passes: float | None = None
 
     def update_bytes(self, down: int) -> int:
         """What is left for each client's update beside a step of so many bytes."""

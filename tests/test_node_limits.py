@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pytest
 import typer
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.events import Assign, NodeLost, NodeReady, Resumed
+from coordinator.roster import Roster
 from coordinator.state import Training
 from fedalgos import split
 from fedalgos.fedavg import FedAvg
@@ -27,8 +29,8 @@ from fedalgos.registry import AnySettings, build
 from fedalgos.spry import Spry
 from node.measure import LimitError, Phases
 from node.options import parse_limits
-from protocol import places
-from protocol.messages import Limits
+from protocol import places, wire
+from protocol.messages import Cost, Hello, Limits
 from protocol.payload import encode, spec_of
 from tests.faults import cluster
 from tests.faults.cluster import Ended
@@ -244,6 +246,32 @@ def test_fwdllm_asks_for_as_many_directions_as_there_is_room_for() -> None:
     assert directions(least) == [0]
 
 
+@pytest.mark.parametrize(
+    ("estimator", "passes", "most"),
+    [("central", 24.0, 6), ("central", 23.9, 5), ("central", 0.1, 1), ("jvp", 27.0, 6)],
+)
+def test_fwdllm_asks_for_as_many_directions_as_there_is_time_for(
+    estimator: Literal["central", "jvp"], passes: float, most: int
+) -> None:
+    """Of two mini-batches each."""
+    o = msgspec.structs.replace(KINDS["fwdllm"], estimator=estimator, steps=2)
+    method = build(o, BIG, 3)
+    state, _ = method.init(np.zeros(BIG.size, np.float32))
+    plan = method.plan(state, 1, (0, 1))
+    limited, free = method.fit(state, plan, {0: Limit(passes=passes)})
+    assert directions(limited) == list(range(most))
+    assert free == plan[1]
+    both = method.fit(state, plan, {0: Limit(320 + 4 * 3, passes=passes)})
+    assert directions(both[0]) == list(range(min(3, most)))  # whichever is less
+
+
+def test_how_long_a_pass_over_the_data_takes_is_not_known() -> None:
+    method = build(msgspec.structs.replace(KINDS["fwdllm"], steps=0), BIG, 3)
+    state, _ = method.init(np.zeros(BIG.size, np.float32))
+    plan = method.plan(state, 1, (0, 1))
+    assert method.fit(state, plan, {0: Limit(passes=1.0)}) == plan
+
+
 def test_flascs_tiers_take_no_more_than_they_say() -> None:
     method = build(KINDS["flasc"], BIG, 3)
     assert method.takes is not None
@@ -314,6 +342,33 @@ def test_a_limited_nodes_rounds_are_within_it_and_it_stands_in_the_run_directory
     known = json.loads((run.directory / "nodes.json").read_text())
     assert known["b"]["limits"] == {"bytes": limit}
     assert known["a"]["limits"] is None
+
+
+def test_a_node_with_little_time_is_asked_for_fewer_directions(make: Make) -> None:
+    """By the inference that it has measured, which a later login does not say again."""
+    method = {"name": "fwdllm", "perturbations": 40, "gate": "none"}
+    run = make(WIDE, method=method)
+    a, b, judge = Peer(run, "a", 0, 1), Peer(run, "b", 2, 3), Peer(run, "evaluator")
+    judge.login()
+    a.login()
+    b.login(limits=Limits(seconds=1.25))  # of inferences of 0.1
+    summary = run.finish()
+    assert summary["rejected"] == {}
+    assert up(run, "a") == 2 * 2 * 40 * 4  # rounds, clients, directions
+    assert up(run, "b") == 2 * 2 * 6 * 4
+
+
+def test_a_later_login_of_a_node_keeps_how_long_an_inference_takes() -> None:
+    roster = Roster(4, "1")
+    here = wire.Peer(b"there")
+    hello = Hello(node="a", software="1", stream="x", clients=(0, 1), limits=Limits(seconds=3.0))
+    first, _ = roster.admit(hello, here, 0.0)
+    limits = [first.limit]  # not known yet
+    roster.probed(first, (Cost("load", 9.0), Cost("inference", 0.25)))
+    limits.append(first.limit)
+    roster.drop(first)
+    limits.append(roster.admit(hello, here, 1.0)[0].limit)
+    assert limits == [None, Limit(clients=2, passes=12.0), Limit(clients=2, passes=12.0)]
 
 
 def test_limits_that_change_nothing_leave_the_digest_as_it_is(make: Make) -> None:
