@@ -39,17 +39,28 @@ Keys = Annotated[
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Without keys: anybody can read and take part.")
 ]
+Systemd = Annotated[
+    Literal["user", "system"] | None,
+    typer.Option(help="Have this systemd start the nodes, whatever the inventory says."),
+]
 INVENTORY = Path("cluster.toml")
 
 
 @contextmanager
-def _hosts(path: Path, only: list[str] | None) -> Iterator[tuple[Inventory, list[Remote]]]:
+def _hosts(
+    path: Path, only: list[str] | None, systemd: Literal["user", "system"] | None = None
+) -> Iterator[tuple[Inventory, list[Remote]]]:
     """The inventory, and those of its hosts that are meant."""
     with command_line():
-        inventory = load(path)
+        inventory = _load(path, systemd)
         chosen = [inventory.host(name) for name in only] if only else list(inventory.hosts)
         with remotes(chosen) as reached:
             yield inventory, reached
+
+
+def _load(path: Path, systemd: Literal["user", "system"] | None) -> Inventory:
+    inventory = load(path)
+    return inventory.under(systemd) if systemd else inventory
 
 
 def _tell(failed: Mapping[str, Exception]) -> None:
@@ -125,9 +136,10 @@ def up(
     within: Annotated[
         float, typer.Option(help="Seconds that a node may take to log in.")
     ] = nodes.LOGIN_SECONDS,
+    systemd: Systemd = None,
 ) -> None:
     """Start the nodes; returns once each has logged in, or says why one has not."""
-    with _hosts(where, only) as (inventory, hosts), remotes(inventory.hosts) as all_:
+    with _hosts(where, only, systemd) as (inventory, hosts), remotes(inventory.hosts) as all_:
         dealt = inventory.deal(clients)
         admission = None if insecure else office(inventory, all_, keys)
         launch = Launch(inventory.coordinator.address, dealt, admission)
@@ -183,11 +195,12 @@ def run(
     ] = None,
     keys: Keys = None,
     insecure: Insecure = False,
+    systemd: Systemd = None,
 ) -> None:
     """Push, check, run an experiment, bring its results home, and leave nothing running."""
     console = Console(stderr=True)
     with command_line():
-        inventory = load(where)
+        inventory = _load(where, systemd)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         place = directory or runs / f"{experiment.stem}-{stamp}"
         plan = Plan(experiment, inventory, place, tuple(set_ or ()), keys, insecure)

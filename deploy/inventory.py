@@ -145,6 +145,11 @@ class Inventory(Struct, frozen=True):
         known = ", ".join(host.name for host in self.hosts)
         raise InventoryError(f"{self.path}: no host {name}: there are {known}")
 
+    def under(self, systemd: Literal["", "user", "system"]) -> Inventory:
+        """The same, with this for every host's ``systemd``."""
+        hosts = tuple(msgspec.structs.replace(host, systemd=systemd) for host in self.hosts)
+        return msgspec.structs.replace(self, hosts=hosts)
+
     def deal(self, count: int) -> dict[str, str]:
         """Each host's clients of an experiment that has ``count``.
 

@@ -1,6 +1,7 @@
-"""A host's node under its systemd, for hosts whose inventory says ``systemd``.
+"""A host's node under its systemd, where the inventory or ``--systemd`` says so.
 
-systemd starts it again, holds it to its memory and sees it hang; ``units`` has the texts.
+systemd starts it again, holds it to its memory and sees it hang; ``units`` has the texts.  A file
+beside those of the steward says whose systemd it is, so that who looks later need not know.
 """
 
 from __future__ import annotations
@@ -20,16 +21,12 @@ WRITE = 'mkdir -p "$(dirname "$1")" && cat > "$1"'
 RUNNING = ("active", "activating", "deactivating", "reloading")
 
 
-def scope_of(host: Host) -> Scope:
-    """Of a host that has one."""
-    return "system" if host.systemd == "system" else "user"
-
-
-def place(host: Host, home: str, user: str) -> Place:
+def place(host: Host, scope: Scope, home: str, user: str) -> Place:
     """Where a host's files are: in our directory there, as ``push`` has laid it out.
 
     Args:
         host: of the inventory.
+        scope: whose systemd.
         home: the home there, absolute.
         user: who we are there.
     """
@@ -39,7 +36,7 @@ def place(host: Host, home: str, user: str) -> Place:
 
     program = str(PurePosixPath(at(host.interpreter)).with_name("seedwire"))
     ours = {"configuration": at(host.at("run")), "keys": at(host.at("keys"))}
-    return Place(scope_of(host), program, cache=at(host.at("cache")), user=user, **ours)
+    return Place(scope, program, cache=at(host.at("cache")), user=user, **ours)
 
 
 def files(host: Host, where: Place, variables: Mapping[str, str]) -> dict[str, str]:
@@ -51,7 +48,8 @@ def files(host: Host, where: Place, variables: Mapping[str, str]) -> dict[str, s
     )
     if "--insecure" in variables["OPTIONS"] and where.scope == "system":
         local += "LoadCredential=\n"  # there are no keys to hand over
-    return units.node_files(where, host.name, variables, local)
+    mark = {f"{where.configuration}/{host.name}.systemd": where.scope}
+    return mark | units.node_files(where, host.name, variables, local)
 
 
 def _bytes(size: str) -> int | None:
@@ -60,11 +58,12 @@ def _bytes(size: str) -> int | None:
     return round(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " ")) if found else None
 
 
-def start(remote: Remote, variables: Mapping[str, str], within: float) -> bool:
+def start(remote: Remote, scope: Scope, variables: Mapping[str, str], within: float) -> bool:
     """Install the units and start the node, unless it runs; whether it has logged in by then.
 
     Args:
         remote: the host.
+        scope: whose systemd.
         variables: COORDINATOR, CLIENTS, OPTIONS.
         within: seconds to wait for the login.
 
@@ -72,36 +71,37 @@ def start(remote: Remote, variables: Mapping[str, str], within: float) -> bool:
         HostError: a command failed there; the line says which.
     """
     host = remote.host
+    look(remote, scope)  # a host without it is left as it is
     home, user = remote.run(["sh", "-c", "cd && pwd && id -un"], check=True).text.split("\n")
-    where = place(host, home, user)
-    sudo = ["sudo", "-n"] if where.scope == "system" else []
+    where = place(host, scope, home, user)
+    sudo = ["sudo", "-n"] if scope == "system" else []
     remote.run(["mkdir", "-p", host.at("logs")], check=True)
     for path, text in files(host, where, variables).items():
         as_root = sudo if path.startswith("/etc/") else []
         remote.run([*as_root, "sh", "-c", WRITE, "sh", path], stdin=text.encode(), check=True)
-    for command in units.start(where.scope, host.name):
+    for command in units.start(scope, host.name):
         done = remote.run(command)
         if done.rc != 0:
             raise HostError(f"{_named(command)}: {done.why}")
-    wait = units.waiting(where.scope, host.name, within)
+    wait = units.waiting(scope, host.name, within)
     return remote.run(wait, timeout=within + 30.0).rc == 0
 
 
-def look(remote: Remote) -> dict[str, str]:
+def look(remote: Remote, scope: Scope) -> dict[str, str]:
     """What its systemd says of the node: the keys of ``units.SHOWN`` that it knows."""
-    done = remote.run(units.show(scope_of(remote.host), remote.host.name))
+    done = remote.run(units.show(scope, remote.host.name))
     if done.rc != 0:
         raise HostError(f"systemctl show: {done.why}")
     return units.shown(done.text)
 
 
-def stop(remote: Remote) -> None:
+def stop(remote: Remote, scope: Scope) -> None:
     """End the node; its files stay, and nothing starts it again.
 
     Raises:
         HostError: it does not end.
     """
-    for command in units.stop(scope_of(remote.host), remote.host.name):
+    for command in units.stop(scope, remote.host.name):
         done = remote.run(command, timeout=units.STOP_SECONDS + 30.0)
         if done.rc != 0:
             raise HostError(f"{_named(command)}: {done.why}")

@@ -9,7 +9,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,6 +19,7 @@ from deploy.inventory import Host
 from deploy.machine import Office
 from deploy.parallel import Say
 from deploy.ssh import Remote
+from deploy.units import Scope
 
 STEWARD = Path(__file__).with_name("steward.py").read_bytes()
 LOGGED_IN = "logged in to run"
@@ -48,8 +49,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         text: new in its log, where that was asked for; ``size`` is how far it was read.
         offset: of a start: where in its log it begins.
         seen: of a start: its log has had the line that was waited for.
-        fresh: of a start: it did not run before.
         was: of a stop: the state before.
+        systemd: whose has it: "user" or "system", or "" for none.
     """
 
     state: str
@@ -62,8 +63,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     size: int = 0
     offset: int = 0
     seen: bool = False
-    fresh: bool = False
     was: str = ""
+    systemd: Literal["", "user", "system"] = ""
 
     @property
     def is_running(self) -> bool:
@@ -95,15 +96,15 @@ def ask(remote: Remote, do: str, name: str = "", *, timeout: float = 30.0, **mor
 
 
 def status(remote: Remote, after: int | None = None) -> Status:
-    """How a host's node is; of one under systemd, as that says, with the same log.
+    """How a host's node is; of one started by systemd, as that says, with the same log.
 
     Raises:
         HostError: as of ``ask``.
     """
     found = ask(remote, "status", after=after)
-    if not remote.host.systemd:
+    if not found.systemd:
         return found
-    said = managed.look(remote)
+    said = managed.look(remote, found.systemd)
     pid, code = int(said.get("MainPID", "0")), int(said.get("ExecMainStatus", "0"))
     if said.get("ActiveState") in managed.RUNNING:
         memory = int(said["MemoryCurrent"]) if "MemoryCurrent" in said else None
@@ -150,7 +151,7 @@ def environment(host: Host) -> dict[str, str]:
 
 
 def start(remote: Remote, launch: Launch, say: Say, within: float = LOGIN_SECONDS) -> Status:
-    """Start a host's node, unless it runs, and wait until it has logged in.
+    """Start a host's node, unless it runs in one way or another, and wait until it has logged in.
 
     Raises:
         HostError: it ended, or has not logged in; the line has the last one of its log.
@@ -159,38 +160,33 @@ def start(remote: Remote, launch: Launch, say: Say, within: float = LOGIN_SECOND
         say("keys")
         launch.office.admit(remote)
     say("starting")
-    if remote.host.systemd:
-        return _start_managed(remote, launch, say, within)
+    was = status(remote)
+    if scope := was.systemd if was.is_running else remote.host.systemd:
+        now = _start_managed(remote, scope, launch, within)
+    else:
+        words, env = command(remote.host, launch), environment(remote.host)
+        more: dict[str, Any] = {"command": words, "env": env, "until": LOGGED_IN, "within": within}
+        now = ask(remote, "start", timeout=within + 30.0, **more)
+    if not now.is_running:
+        raise NodeError(f"the node {now.how}: {now.line or 'no output'}", now.code)
+    if not now.seen:
+        raise HostError(f"runs, but has not logged in within {within:.0f} s: {now.line}")
+    clients = launch.clients[remote.host.name]
+    say("ran already" if was.is_running else f"logged in, clients {clients}")
+    return now
+
+
+def _start_managed(remote: Remote, scope: Scope, launch: Launch, within: float) -> Status:
+    """By the host's systemd, which starts it again from then on."""
     words = command(remote.host, launch)
-    env, until = environment(remote.host), LOGGED_IN
-    more: dict[str, Any] = {"command": words, "env": env, "until": until, "within": within}
-    status = ask(remote, "start", timeout=within + 30.0, **more)
-    if not status.is_running:
-        raise NodeError(f"the node {status.how}: {status.line or 'no output'}", status.code)
-    if not status.seen:
-        raise HostError(f"runs, but has not logged in within {within:.0f} s: {status.line}")
-    say(f"logged in, clients {launch.clients[remote.host.name]}" if status.fresh else "ran already")
-    return status
-
-
-def _start_managed(remote: Remote, launch: Launch, say: Say, within: float) -> Status:
-    """As ``start``, by the host's systemd, which starts it again from then on."""
-    name = remote.host.name
-    ran, words = status(remote).is_running, command(remote.host, launch)
     options = words[words.index("--device") :]
     del options[options.index("--state") : options.index("--state") + 2]  # the unit has its own
     if "--keys" in options:
         del options[options.index("--keys") :]  # likewise
-    clients = launch.clients[name]
-    variables = {"COORDINATOR": launch.coordinator, "CLIENTS": clients}
-    is_in = managed.start(remote, variables | {"OPTIONS": shlex.join(options)}, within)
-    now = status(remote)
-    if not now.is_running:
-        raise NodeError(f"the node {now.how}: {now.line or 'no output'}", now.code)
-    if not is_in:
-        raise HostError(f"runs, but has not logged in within {within:.0f} s: {now.line}")
-    say("ran already" if ran else f"logged in, clients {clients}")
-    return now
+    variables = {"COORDINATOR": launch.coordinator, "CLIENTS": launch.clients[remote.host.name]}
+    variables["OPTIONS"] = shlex.join(options)
+    is_in = managed.start(remote, scope, variables, within)
+    return msgspec.structs.replace(status(remote), seen=is_in)
 
 
 def stop(remote: Remote, say: Say) -> Status:
@@ -199,11 +195,11 @@ def stop(remote: Remote, say: Say) -> Status:
     Raises:
         HostError: it has not ended.
     """
-    was = status(remote).state if remote.host.systemd else ""
-    if was not in ("", "absent"):
-        managed.stop(remote)
-    found = ask(remote, "stop", timeout=STOP_SECONDS)
-    node = msgspec.structs.replace(found, was=was or found.was)
+    before = status(remote)
+    if before.systemd and before.state != "absent":
+        managed.stop(remote, before.systemd)
+    node = ask(remote, "stop", timeout=STOP_SECONDS)
+    node = msgspec.structs.replace(node, was=before.state if before.systemd else node.was)
     centre = ask(remote, "stop", COORDINATOR, timeout=STOP_SECONDS)
     for what, found in (("node", node), ("coordinator", centre)):
         if found.is_running:

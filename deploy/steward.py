@@ -34,6 +34,7 @@ class Place:
         self.facts = self.directory / "run" / (name + ".json")
         self.code = self.facts.with_suffix(".code")
         self.pid = self.facts.with_suffix(".pid")
+        self.unit = self.facts.with_suffix(".systemd")  # whose systemd has it, if one has
         self.log = self.directory / "logs" / (name + ".log")
 
     def known(self) -> Table:
@@ -55,7 +56,7 @@ class Place:
         code = None if is_alive else number(self.code)
         ended = "gone" if code is None else "ended"
         state = "running" if is_alive else ended if known else "absent"
-        said: Table = {"state": state, "code": code}
+        said: Table = {"state": state, "code": code, "systemd": read_from(self.unit, 0)[0]}
         said["line"] = last_line(self.log)
         if is_alive:
             memory = resident_bytes(known["pid"])
@@ -81,10 +82,10 @@ def start(
         within: seconds to wait at the most.
     """
     if place.status()["state"] == "running":
-        return dict(place.status(), fresh=False, seen=until in logged(place))
+        return dict(place.status(), seen=until in logged(place))
     for path in (place.facts, place.log):
         path.parent.mkdir(parents=True, exist_ok=True)
-    for path in (place.facts, place.code, place.pid):
+    for path in (place.facts, place.code, place.pid, place.unit):
         if path.exists():
             path.unlink()
     offset = size_of(place.log)
@@ -114,7 +115,7 @@ def start(
         time.sleep(POLL_SECONDS)
     if place.status()["state"] == "gone":
         wait_for_code(place)
-    return dict(place.status(), fresh=True, seen=until in logged(place), offset=offset)
+    return dict(place.status(), seen=until in logged(place), offset=offset)
 
 
 def stop(place: Place, within: float = STOP_SECONDS) -> Table:
@@ -133,7 +134,7 @@ def stop(place: Place, within: float = STOP_SECONDS) -> Table:
         send(os.killpg, group, signal.SIGKILL)
     said = dict(place.status(), was=was)
     if said["state"] != "running":
-        for path in (place.facts, place.code):
+        for path in (place.facts, place.code, place.unit):
             if path.exists():
                 path.unlink()
     return said
