@@ -128,6 +128,11 @@ class Desk:
         self._kinds: dict[int, meter.Kind] = {}  # what our own blobs are accounted as
         # connections whose handshake is counted
         self._greeted = Recent[Peer, bool](bool, limits.MAX_STRANGERS)
+        # what was said on a connection while nobody was logged in on it: whose it is its next
+        # login says, and the kernel counts a connection from its beginning
+        self._unowned = Recent[Peer, meter.Meter](
+            lambda: meter.Meter(transport.mechanism), limits.MAX_STRANGERS
+        )
         self._unreachable: dict[Peer, Member] = {}
         self._strangers = Recent[Peer, Bucket](limits.stranger, limits.MAX_STRANGERS)
         self._logins = Recent[str, Bucket](limits.login, limits.MAX_STRANGERS)
@@ -157,6 +162,7 @@ class Desk:
         member = self.roster.at(peer)
         why = self._beyond(peer, member, frames)
         if why is not None:  # found before any of it is read
+            self._count_up(peer, None, frames, None)
             if member is None:
                 self._transport.cut(peer)
             yield Breach(None, why) if member is None else TooMuch(member, why)
@@ -165,21 +171,30 @@ class Desk:
             if not self._guard.is_open and self._guard.name_of(peer.key) is None:
                 self._enroll(peer, frames)
                 return
-            message, buffer = to_coordinator.unpack(frames)
+            message, buffer = self._unpack(peer, frames)
             if isinstance(message, Hello):
-                yield from self._login(peer, message, frames)
+                yield from self._login(peer, message)
                 return
             if member is None:
                 self._refuse(peer, Refuse(code="login", reason="log in first"))
                 return
             member.seen = self._now()
-            self._count_up(member, message, frames, buffer)
             yield from self._sort(member, message, buffer)
         except VersionError as error:
             reason = f"{error}: install the same seedwire on both"
             self._refuse(peer, Refuse(code="version", reason=reason))
         except (RemoteProtocolError, MemoryError) as error:
             yield Breach(self.roster.at(peer), str(error))
+
+    def _unpack(self, peer: Peer, frames: list[bytes]) -> tuple[ToCoordinator, Frame | None]:
+        """A message; counted, and so is what is none."""
+        try:
+            message, buffer = to_coordinator.unpack(frames)
+        except (RemoteProtocolError, MemoryError):
+            self._count_up(peer, None, frames, None)
+            raise
+        self._count_up(peer, message, frames, buffer)
+        return message, buffer
 
     def _beyond(self, peer: Peer, member: Member | None, frames: list[bytes]) -> str | None:
         """Which limit a message is beyond, or None; a stranger's have to be few and small."""
@@ -210,7 +225,7 @@ class Desk:
             self._guard.refuse("enrolment", f"{message.node} ({why})")
             self._refuse(peer, Refuse(code="key", reason=f"not enrolled: {why}"))
 
-    def _login(self, peer: Peer, hello: Hello, frames: list[bytes]) -> Iterator[Arrival]:
+    def _login(self, peer: Peer, hello: Hello) -> Iterator[Arrival]:
         now, who = self._now(), peer.key or hello.node
         refusal = self._guard.fault_of(peer.key, hello)
         if refusal is None and self.roster.is_overtaken(hello):
@@ -235,7 +250,7 @@ class Desk:
         if peer not in self._greeted:
             self.meter.connected(hello.node)
         self._greeted[peer]  # once more, so that it stays there
-        self._count_up(member, hello, frames, None)
+        self.meter.add(hello.node, self._unowned.pop(peer))
         yield LoggedIn(member, old)
 
     def _sort(
@@ -393,19 +408,23 @@ class Desk:
 
     def _refuse(self, peer: Peer, refusal: Refuse, node: str = "") -> None:
         frames = to_node.pack(refusal)
-        if self._transport.send(peer, frames) and node:
-            self.meter.count(meter.Key(node, "down", "control"), frames, 0)
+        if self._transport.send(peer, frames):
+            account = self.meter if node else self._unowned[peer]
+            account.count(meter.Key(node, "down", "control"), frames, 0)
 
     def _count_up(
-        self, member: Member, message: ToCoordinator, frames: list[bytes], buffer: Frame | None
+        self, peer: Peer, message: ToCoordinator | None, frames: list[bytes], buffer: Frame | None
     ) -> None:
-        kind = meter.kind_of(message)
-        if isinstance(message, Chunk):
+        """Count what came in; without a message it was none."""
+        member = self.roster.at(peer)
+        account, name = (self._unowned[peer], "") if member is None else (self.meter, member.name)
+        kind: meter.Kind = "control" if message is None else meter.kind_of(message)
+        if member is not None and isinstance(message, Chunk):
             kind = self._arriving_kind(member, message.blob)
         elif isinstance(message, Pull):
             kind = self._kinds.get(message.blob, kind)
-        key = meter.Key(member.name, "up", kind)
-        self.meter.count(key, frames, meter.payload_bytes(message, buffer))
+        payload = 0 if message is None else meter.payload_bytes(message, buffer)
+        account.count(meter.Key(name, "up", kind), frames, payload)
 
     def _arriving_kind(self, member: Member, blob: int) -> meter.Kind:
         item = self._inbox.expects(member.peer, blob)

@@ -95,11 +95,14 @@ class Recent(Generic[K, V]):
         return key in self._table
 
     def __getitem__(self, key: K) -> V:
-        value = self._table.pop(key) if key in self._table else self._make()
-        self._table[key] = value
+        self._table[key] = value = self.pop(key)
         if len(self._table) > self._most:
             self._table.popitem(last=False)
         return value
+
+    def pop(self, key: K) -> V:
+        """Take one out; a new one if it is not there."""
+        return self._table.pop(key) if key in self._table else self._make()
 
 
 class Quiet(logging.Filter):

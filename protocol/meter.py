@@ -117,6 +117,15 @@ class Meter:
         self.around[Around(key.node, key.way, "zmtp")] += total - boxes - sum(sizes)
         self.around[Around(key.node, key.way, "curve")] += boxes
 
+    def add(self, node: str, other: Meter) -> None:
+        """Add another meter's messages, whoever's they were there, to a node's."""
+        for key, nbytes in other.payload.items():
+            self.payload[key._replace(node=node)] += nbytes
+        for key, nbytes in other.message.items():
+            self.message[key._replace(node=node)] += nbytes
+        for around, nbytes in other.around.items():
+            self.around[around._replace(node=node)] += nbytes
+
     def connected(self, node: str) -> None:
         """Add the handshake of one connection."""
         if self.message[Key(node, "up", "handshake")]:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from coordinator.desk import Arrival, Breach, Desk, LoggedIn
 from coordinator.reconcile import LOOKS, Excess, Reconciler
+from coordinator.roster import Member, Roster
+from protocol.experiment import Nodes
+from protocol.messages import Beat, Hello, Refuse, Welcome, to_coordinator, to_node
 from protocol.meter import Key, Meter, Way
+from protocol.noise import STREAM
 from protocol.tcp import Growth
+from protocol.transport import Dealer, Router
+from protocol.wire import Frame
 from tests.faults.cluster import Plan, run
 from tests.faults.faults import Fault, Miscount
+
+PATIENCE = 10.0  # seconds
 
 
 class Rounds:
@@ -160,6 +172,45 @@ def test_a_round_has_its_bytes_by_node_way_kind_and_level() -> None:
 
 
 # --- real processes ----------------------------------------------------------------
+
+
+@pytest.mark.net
+@pytest.mark.parametrize("is_known", [False, True])
+def test_what_is_said_before_a_login_is_counted_with_it(is_known: bool) -> None:
+    """As the kernel does, from a connection's beginning; so is what is no message."""
+    router = Router("tcp://127.0.0.1:*")
+    dealer = Dealer(router.endpoint)
+    desk = Desk(router, Roster(1, "1"), Nodes(), time.monotonic)
+    hello = Hello(node="a", software="1", stream=STREAM, clients=(0,))
+
+    def say(frames: Sequence[Frame]) -> list[Arrival]:
+        assert dealer.send(frames)
+        return list(desk.receive(PATIENCE))
+
+    def log_in(login: int) -> Member:
+        (came,) = say(to_coordinator.pack(msgspec.structs.replace(hello, login=login)))
+        assert isinstance(came, LoggedIn)
+        desk.send(came.member, Welcome(run="r", experiment={}))
+        assert dealer.recv(PATIENCE) is not None
+        return came.member
+
+    try:
+        if is_known:  # then taken for silent
+            desk.drop(log_in(1))
+        assert say(to_coordinator.pack(Beat())) == []
+        assert dealer.recv(PATIENCE) == to_node.pack(Refuse(code="login", reason="log in first"))
+        (breach,) = say([b"nonsense"])
+        assert breach == Breach(None, "version frame of 8 bytes")
+        member = log_in(2)
+        (breach,) = say([b"more nonsense"])
+        assert isinstance(breach, Breach)
+        desk.measure()
+        for (node, _), gap in desk.meter.gaps().items():
+            assert (node, gap.ours) == (member.name, gap.kernel)
+        assert len(desk.meter.gaps()) == 2
+    finally:
+        dealer.close()
+        router.close()
 
 
 @pytest.mark.net
