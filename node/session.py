@@ -128,6 +128,7 @@ class Session:
         self._backoff = 0.5
         self._jobs: deque[_Job] = deque()
         self._outbox, self._inbox = Outbox(), Inbox[_Job](time.monotonic)
+        self._offered: dict[tuple[int, int, int], int] = {}  # round, attempt, client -> blob
         self._finished = False
 
     def run(self) -> None:
@@ -214,7 +215,7 @@ class Session:
     def _forget_transfers(self) -> None:
         """What was on its way on the old connection is asked for anew."""
         self._inbox.forget(COORDINATOR)
-        self._outbox = Outbox()
+        self._outbox, self._offered = Outbox(), {}
         self._uploads.forget()
         self._jobs.clear()
 
@@ -251,6 +252,7 @@ class Session:
                 self._answer(message)
             case Reject(client=client, round=number, reason=reason):
                 log.warning("update of client %d, round %d rejected: %s", client, number, reason)
+                self._withdraw((number, message.attempt, client))
             case Bye(finished=finished, reason=reason):
                 log.info("the coordinator says goodbye: %s", reason)
                 self._finished, self._is_in = finished, False
@@ -324,6 +326,16 @@ class Session:
         self._send(message, data)
         if isinstance(message, Update):
             self._uploads.began(began, message.blob)
+            if message.blob is not None:
+                self._offered = {p: b for p, b in self._offered.items() if self._outbox.holds(b)}
+                self._offered[message.round, message.attempt, message.client] = message.blob
+
+    def _withdraw(self, place: tuple[int, int, int]) -> None:
+        """Let go of an update that nobody will pull."""
+        blob = self._offered.pop(place, None)
+        if blob is not None:
+            self._outbox.drop(blob)
+            self._uploads.withdraw(blob)
 
     def _with_vitals(self, message: Message) -> Message:
         """With what this thread has measured, where there is a place for it."""

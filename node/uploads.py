@@ -77,6 +77,10 @@ class Uploads:
         now = self._clock()
         return now + max(LOOK_SECONDS, SHARE * (now - max(sent)))
 
+    def withdraw(self, blob: int) -> None:
+        """Nobody has pulled it all, nor will."""
+        self._pending = [u for u in self._pending if u.blob != blob or u.end is not None]
+
     def forget(self) -> None:
         """The connection is gone, and what was on it is asked for again."""
         self._pending = []

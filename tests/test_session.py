@@ -274,6 +274,21 @@ def test_a_large_update_stays_here_until_it_is_pulled(c: Coordinator) -> None:
     assert c.expect(Chunk)[0].gone
 
 
+def test_a_large_update_that_is_rejected_unread_is_let_go(c: Coordinator) -> None:
+    c.start(lambda message, data: update(message, LARGE)).welcome()  # type: ignore[arg-type]
+    c.expect(Ready)
+    blobs = []
+    for client in (0, 1):
+        c.say(task(client))
+        said, _ = c.expect(Update)
+        assert said.blob is not None
+        blobs.append(said.blob)
+    c.say(Reject(round=1, attempt=0, client=0, reason="stale"))
+    for blob, is_gone in zip(blobs, (True, False), strict=True):
+        c.say(Pull(blob=blob, offset=0, nbytes=1))
+        assert c.expect(Chunk)[0].gone == is_gone
+
+
 def test_a_heartbeat_says_what_it_is_busy_with_while_it_works(c: Coordinator) -> None:
     block = Blocker()
 

@@ -82,6 +82,16 @@ def test_those_of_several_clients_are_added_and_one_that_nobody_pulls_holds_up_n
     assert line.at(103.0, uploads, 250) == 2.0 + 1.5
 
 
+def test_one_that_is_withdrawn_before_it_was_pulled_has_not_arrived() -> None:
+    line, uploads = made()
+    line.blobs = {1}
+    uploads.began(100.0, 1)
+    assert line.at(101.0, uploads, 0) is None
+    line.blobs = set()
+    uploads.withdraw(1)
+    assert line.at(102.0, uploads, 10_000) is None
+
+
 def test_what_was_on_a_lost_connection_is_forgotten_and_absent_where_no_kernel_says() -> None:
     line, uploads = made()
     uploads.began(100.0, None)
