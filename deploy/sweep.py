@@ -9,6 +9,7 @@ import itertools
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,21 @@ class Sweep:
     nodes: int
     directory: Path
 
-    def plans(self) -> Iterator[local.Plan]:
-        """A plan for each combination; the last key changes fastest."""
+    def plans(self) -> list[local.Plan]:
+        """A plan for each combination; the last key changes fastest.
+
+        Raises:
+            typer.BadParameter: two of them would have one directory.
+        """
+        plans = list(self._plans())
+        for name, count in Counter(plan.directory.name for plan in plans).items():
+            if count > 1:
+                raise typer.BadParameter(
+                    f"{count} runs would be in {name}: rename a file, or give the values apart"
+                )
+        return plans
+
+    def _plans(self) -> Iterator[local.Plan]:
         for file in self.files:
             for values in itertools.product(*self.over.values()):
                 chosen = [f"{key}={value}" for key, value in zip(self.over, values, strict=True)]
@@ -70,7 +84,7 @@ def parse_over(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def run_sweep(sweep: Sweep, say: Say) -> int:
     """Run what has not been run, and compare all; returns the first code that was not 0."""
-    plans, codes = list(sweep.plans()), []
+    plans, codes = sweep.plans(), []
     for number, plan in enumerate(plans, 1):
         where = f"[{number}/{len(plans)}] {plan.directory.name}"
         if (plan.directory / "summary.json").exists():

@@ -22,7 +22,7 @@ def sweep(tmp_path: Path, *over: str, files: tuple[Path, ...] = (A,)) -> Sweep:
 
 
 def test_every_file_runs_with_every_combination(tmp_path: Path) -> None:
-    plans = list(sweep(tmp_path, "peft.rank=4,16", "run.seed=1,2", files=(A, B)).plans())
+    plans = sweep(tmp_path, "peft.rank=4,16", "run.seed=1,2", files=(A, B)).plans()
     assert [(p.experiment, *p.overrides[1:]) for p in plans] == [
         (file, f"peft.rank={rank}", f"run.seed={seed}")
         for file in (A, B)
@@ -37,6 +37,18 @@ def test_every_file_runs_with_every_combination(tmp_path: Path) -> None:
 def test_keys_that_end_alike_are_told_apart_in_the_names(tmp_path: Path) -> None:
     (plan,) = sweep(tmp_path, "method.local.lr=0.1", "method.server.lr=1.0").plans()
     assert plan.directory.name == "a-method.local.lr=0.1-method.server.lr=1.0"
+
+
+@pytest.mark.parametrize(
+    ("over", "files"),
+    [((), (Path("x/a.toml"), Path("y/a.toml"))), (("model.id=x/y,x:y",), (A,))],
+)
+def test_two_runs_in_one_directory_are_refused_before_any_starts(
+    tmp_path: Path, over: tuple[str, ...], files: tuple[Path, ...]
+) -> None:
+    """The second would be taken for done."""
+    with pytest.raises(typer.BadParameter, match="2 runs would be in a"):
+        sweep(tmp_path, *over, files=files).plans()
 
 
 def test_a_sweep_over_nothing_is_its_files(tmp_path: Path) -> None:
