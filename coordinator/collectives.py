@@ -8,7 +8,7 @@ from collections.abc import Callable
 from coordinator.central import Central
 from coordinator.collective import Collective, orders
 from coordinator.desk import Desk
-from coordinator.events import Commit
+from coordinator.events import Commit, Place
 from coordinator.intake import Intake
 from coordinator.record import RunRecorder
 from coordinator.roster import Member
@@ -43,6 +43,7 @@ class Collectives:
         self._desk, self._recorder, self._intake = desk, recorder, intake
         self._now, self._deadline_seconds = now, deadline_seconds
         self._open: Collective | None = None
+        self._asked: dict[str, Place] = {}  # by node, the last order that it has not answered
         self._processes: dict[int, int] = {}  # by client, who has trained it last
 
     def trained(self, member: Member, client: int) -> None:
@@ -68,21 +69,26 @@ class Collectives:
         seconds = central.method.collective.seconds
         asked = orders(command, examples, hosts, central.version, seconds)
         made.waiting.update(asked)
+        self._asked |= dict.fromkeys(asked, (command.round, command.attempt))
         for member in self._desk.roster:
             if (order := asked.get(member.name)) is not None:
                 self._desk.send(member, order)
 
     def hear(self, member: Member, answer: Reduced, data: Frame | None) -> None:
-        """Take a node's answer.
+        """Take a node's answer; one that comes too late still says what it has cost.
 
         Raises:
             RemoteProtocolError: there was no question.
         """
-        if self._open is None:
+        if self._asked.get(member.name) != (answer.round, answer.attempt):
             raise RemoteProtocolError("an answer to no reduce")
-        self._open.hear(member.name, answer, data)
+        del self._asked[member.name]
+        if self._open is not None and member.name in self._open.waiting:
+            self._open.hear(member.name, answer, data)
+            member.result = answer.digest or b""
+        else:
+            log.info("node %s: the all-reduce of round %d is over", member.name, answer.round)
         member.add_costs(answer.costs)
-        member.result = answer.digest or b""
         self._desk.meter.exchanged(member.name, answer.exchanged)
         self._recorder.reduced(member, answer)
 

@@ -166,6 +166,7 @@ class Meter:
             for layer in get_args(Layer):
                 if (count := self.around.pop(Around(node, way, layer), None)) is not None:
                     self.around[Around(OTHERS, way, layer)] += count
+            self._apart[OTHERS, way] += self._apart.pop((node, way), 0)
         self.moved.discard(node)
         if (traffic := self.traffic.pop(node, None)) is not None:
             self.traffic[OTHERS] = self.traffic.get(OTHERS, Traffic()).merged(traffic)

@@ -347,6 +347,23 @@ def test_a_node_that_goes_while_the_others_average_is_named(make: Make) -> None:
     assert run.events(CommitFailed)[0].reason.startswith("node b was lost in the all-reduce")
 
 
+def test_a_node_that_answers_after_all_was_over_says_what_it_cost_and_breaks_no_rule(
+    make: Make,
+) -> None:
+    run, (a, b) = circle(make, rounds=1)
+    b.reduce = lambda order: []
+    a.reduce = lambda order: []
+    run.until(lambda: bool(run.events(CommitFailed)))
+    assert "in time" in run.events(CommitFailed)[0].reason
+    late = b.reduced(b.told(Reduce)[0], digest=None, fault="too slow")
+    b.say(*late)
+    b.say(*late)  # a second answer to one question
+    key = Key("b", "up", "collective")
+    run.until(lambda: bool(run.recorder.num_rejected.get("bad message")))
+    assert run.recorder.num_rejected["bad message"] == 1
+    assert run.server.desk.meter.message[key] == 70
+
+
 class Changed(dict[int, int]):
     """Whatever process it was, it is another now."""
 

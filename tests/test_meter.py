@@ -13,6 +13,7 @@ from protocol.messages import (
     Bye,
     Chunk,
     Evaluate,
+    Exchanged,
     Failed,
     Hello,
     Message,
@@ -173,6 +174,7 @@ def test_a_node_that_is_counted_among_the_others_changes_no_sum() -> None:
         meter.count(Key(node, "up", "update"), [bytes(size)], size)
         meter.connected(node)
         meter.grown(Growth(node, size, 2 * size, 0, 0.1, True))
+    meter.exchanged("a", Exchanged(message=7, sent=7, received=7))
     before = sum(meter.message.values()), sum(meter.payload.values())
     meter.merge("a")
     meter.merge("b")
@@ -180,6 +182,9 @@ def test_a_node_that_is_counted_among_the_others_changes_no_sum() -> None:
     assert meter.payload[Key(OTHERS, "up", "update")] == 310
     assert meter.traffic == {
         "c": Traffic(5, 10, 0, 0.1, 1),
-        OTHERS: Traffic(310, 620, 0, 0.1, 2),
+        OTHERS: Traffic(317, 627, 0, 0.1, 2),
     }
     assert {key.node for key in meter.message} == {"c", OTHERS}
+    assert meter.gaps()[OTHERS, "down"].kernel == 310
+    meter.grown(Growth("a", 3, 4, 0, 0.1, True))  # it is back, and begins anew
+    assert (meter.gaps()["a", "up"].kernel, meter.gaps()["a", "down"].kernel) == (4, 3)
