@@ -77,9 +77,11 @@ def _task(name: str, groups: list[Group]) -> dict[str, Any]:
 
 
 def _nodes(result: Result) -> Iterator[dict[str, str]]:
-    """What each node did and needed, as text."""
+    """What each node is, did and needed, as text."""
+    labels = dict.fromkeys(key for node in result.nodes for key in node.get("labels", {}))
     for node in result.nodes:
         cells = {"node": node["node"], "host": node.get("host", "absent")}
+        cells |= {f"{key} (label)": node.get("labels", {}).get(key, "") for key in labels}
         cells |= {"clients": str(len(node.get("clients", []))), "updates": str(node["updates"])}
         for phase in ("train", "catch-up"):
             seconds = node["seconds"].get(phase)

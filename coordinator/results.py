@@ -28,7 +28,7 @@ class Result:
         experiment: as resolved; empty if not known.
         nodes: per training node: ``node``, ``host``, ``clients``, ``updates``,
             ``seconds`` and ``memory_bytes`` by phase, ``joules``, ``bytes`` by level,
-            ``celsius``, ``throttled``.
+            ``celsius``, ``throttled``; ``labels`` of its host, if it has any.
         payload_by_kind: payload bytes by kind and direction; empty if not known.
     """
 
@@ -100,6 +100,9 @@ def _of_directory(path: Path) -> Result:
     ]
     here = [node for node in s["nodes"] if node.get("role") != "evaluate"]
     nodes = [_node(node, [c for c in costs if c["node"] == node["node"]]) for node in here]
+    labels = path / "labels.json"
+    found = json.loads(labels.read_text()) if labels.exists() else {}
+    nodes = [n | {"labels": found[n["node"]]} if n["node"] in found else n for n in nodes]
     return Result(summary, points, Reader(path).experiment, nodes, _payload_by_kind(here))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from rich.console import Console
 
@@ -57,6 +58,7 @@ def _run(plan: Plan, hosts: Sequence[Remote], centre: Centre, console: Console, 
         code = centre.poll()
         return FAILED if code is None else code
     clients = plan.inventory.deal(announced["clients"])
+    _write_labels(plan, clients)
     keys = None if plan.insecure else office(plan.inventory, hosts, plan.keys)
     launch = Launch(plan.inventory.coordinator.address, clients, keys)
     taking = [remote for remote in hosts if remote.host.name in clients]
@@ -64,6 +66,15 @@ def _run(plan: Plan, hosts: Sequence[Remote], centre: Centre, console: Console, 
     if outcome.failed:
         return _failed(outcome, say)
     return follow(centre, [Watch(remote, launch, say) for remote in taking])
+
+
+def _write_labels(plan: Plan, nodes: Container[str]) -> None:
+    """The inventory's words about the hosts of these nodes, for whoever reads the results."""
+    hosts = [host for host in plan.inventory.hosts if host.name in nodes and host.labels]
+    if hosts:
+        plan.directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({host.name: dict(host.labels) for host in hosts}, indent=1)
+        (plan.directory / "labels.json").write_text(text + "\n")
 
 
 def _failed(outcome: Outcome[nodes.Status], say: Say) -> int:

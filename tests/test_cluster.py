@@ -79,8 +79,11 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_an_experiment_runs_on_two_hosts_and_its_results_come_home(site: Site) -> None:
-    inventory(site.place, site.config, "a", "b")
+    file = inventory(site.place, site.config, "a", "b")
+    file.write_text(file.read_text() + 'labels = { board = "pi 4" }\n')  # of the last
     done = site.cluster("run", "tiny.toml", "--directory", "out")
+    labels = json.loads((site.place / "out" / "labels.json").read_text())
+    assert labels == {"b": {"board": "pi 4"}}
     summary = json.loads((site.place / "out" / "summary.json").read_text())
     assert (summary["status"], summary["rounds"]) == ("completed", 2)
     nodes = json.loads((site.place / "out" / "nodes.json").read_text())

@@ -210,6 +210,21 @@ def test_the_json_of_a_report_is_as_good_as_the_runs(tmp_path: Path) -> None:
     assert report.page(again, "T") == report.page(found, "T")
 
 
+def test_the_inventorys_labels_are_beside_their_nodes(tmp_path: Path) -> None:
+    path = finished(tmp_path / "a", "x")
+    plain = group(read(path))
+    assert "labels" not in plain[0].results[0].nodes[0]
+    (path / "labels.json").write_text('{"pi": {"board": "<pi> 4"}, "gone": {"room": "12"}}')
+    found = group(read(path))
+    assert found[0].results[0].nodes[0]["labels"] == {"board": "<pi> 4"}
+    page = report.page(found, "T")
+    assert "<th>board (label)</th>" in page
+    assert "<td>&lt;pi&gt; 4</td>" in page
+    assert "label)" not in report.page(plain, "T")
+    report.write(found, tmp_path / "r", "T")
+    assert group(read(tmp_path / "r" / "comparison.json")) == found
+
+
 def test_what_is_no_better_than_the_untrained_model_is_not_on_the_front(tmp_path: Path) -> None:
     small = {key: value // 10 for key, value in SENT.items()}
     worse = one(finished(tmp_path / "a", "worse", after=0.6, sent=small))
