@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from coordinator.events import Assign, NodeLost, NodeReady, Resumed
 from coordinator.roster import Roster
 from coordinator.state import Training
+from deploy.errors import LabError
 from fedalgos import split
 from fedalgos.fedavg import FedAvg
 from fedalgos.flasc import Flasc
@@ -36,7 +37,6 @@ from tests.faults import cluster
 from tests.faults.cluster import Ended
 from tests.faults.cluster import run as play_out
 from tests.faults.faults import Fault, Hoard, Kill
-from tests.faults.groups import NoGroupError
 from tests.oracles import over_the_wire, space_of, towards
 from tests.test_laws import PAIR
 from tests.test_rounds import OPEN, A, B, play
@@ -532,7 +532,7 @@ def test_a_node_that_breaks_its_groups_limit_is_killed_and_the_round_goes_on(
     plan = cluster.Plan(script=script, memory={"node-0": limit}, patience_seconds=10.0)
     try:
         ended = play_out(plan, tmp_path / "it")
-    except NoGroupError as error:
+    except LabError as error:  # not as root, or not with this kernel
         pytest.skip(str(error))
     assert ended.starts["node-0"] == 2
     assert ended.summary["status"] == "completed"

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import seedwire
+from deploy.errors import LabError
+from deploy.lab.cgroups import CONTROLLERS, Groups
 from deploy.lab.network import Network
-from tests.faults import coordinator, groups, node
+from tests.faults import coordinator, node
 from tests.faults.actor import die_with_parent
 from tests.faults.director import Director
 from tests.faults.faults import Fault, Moment
-from tests.faults.groups import Group
 from tests.faults.link import Link, Links
 from tests.faults.netns import enter
 
@@ -174,7 +175,8 @@ class Cluster:
     links: Links = field(init=False)
     processes: dict[str, Any] = field(default_factory=dict)
     starts: Counter[str] = field(default_factory=Counter)
-    groups: dict[str, Group] = field(default_factory=dict)
+    groups: dict[str, list[Path]] = field(default_factory=dict)  # what to write 0 to
+    _groups: Groups | None = None
 
     def __enter__(self) -> Cluster:
         (self.directory / "logs").mkdir(parents=True)
@@ -185,8 +187,8 @@ class Cluster:
         if self.plan.is_secure:
             self._issue_token()
         self.director = Director(self.plan.script, self.links, self.network)
-        for name, limit in self.plan.memory.items():
-            self.groups[name] = Group(f"seedwire-{os.getpid()}-{name}", limit)
+        if self.plan.memory:
+            self._limit_memory()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -197,8 +199,8 @@ class Cluster:
         for link in self.links.values():
             link.close()
         self.director.close()
-        for group in self.groups.values():
-            group.close()
+        if self._groups is not None:
+            self._groups.remove()
 
     def run(self) -> Ended:
         """Start everyone and look after them until the run is over.
@@ -253,8 +255,8 @@ class Cluster:
         run = coordinator.run if name == "coordinator" else node.run
         log = self.directory / "logs" / f"{name}.log"
         machine = self.network.path(name) if self.network else None
-        group = self.groups[name].path if name in self.groups else None
-        args = (run, self.director.address, name, self._arguments(name), log, machine, group)
+        groups = self.groups.get(name, [])
+        args = (run, self.director.address, name, self._arguments(name), log, machine, groups)
         make = multiprocessing.get_context("spawn") if self.is_cold else _forks()
         self.processes[name] = process = make.Process(target=_be, args=args, daemon=True)
         process.start()
@@ -284,6 +286,19 @@ class Cluster:
         process.start()
         process.join()
         assert process.exitcode == 0
+
+    def _limit_memory(self) -> None:
+        """Have groups for the processes.
+
+        Raises:
+            LabError: the kernel has none, or they are not for us to make.
+        """
+        self._groups = made = Groups(f"seedwire-{os.getpid()}")
+        if CONTROLLERS["memory"] in made.absent():
+            raise LabError("the kernel has no memory groups for us")
+        self.groups = {
+            name: made.make(name, limit, 0.0) for name, limit in self.plan.memory.items()
+        }
 
     def _keys(self, name: str) -> Path:
         return self.directory / "keys" / name
@@ -342,11 +357,11 @@ def _be(
     arguments: list[str],
     log: Path,
     machine: Path | None,
-    group: Path | None,
+    groups: Sequence[Path],
 ) -> None:
     """The life of a child, its output in a file."""
-    if group is not None:
-        groups.enter(group)
+    for group in groups:
+        group.write_text("0")  # is whoever writes it
     if machine is not None:
         enter(machine)
     die_with_parent()
