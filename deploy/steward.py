@@ -19,6 +19,7 @@ from typing import Any, Dict
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 15.0
+CODE_SECONDS = 3.0  # a busy machine's shell comes that much later
 TAIL_BYTES = 4096
 CHUNK_BYTES = 1 << 16
 SHELL = """code=$1 pid=$2; shift 2; "$@" & echo $! > "$pid"; wait $!; echo $? > "$code" """
@@ -53,6 +54,8 @@ class Place:
         known = self.known()
         mark = known.get("identity")  # None if it had ended before it was looked at
         is_alive = mark is not None and identity(known["pid"]) == mark
+        if known and not is_alive:
+            wait_for_code(self)
         code = None if is_alive else number(self.code)
         ended = "gone" if code is None else "ended"
         state = "running" if is_alive else ended if known else "absent"
@@ -113,8 +116,6 @@ def start(
         if time.monotonic() > deadline:
             break
         time.sleep(POLL_SECONDS)
-    if place.status()["state"] == "gone":
-        wait_for_code(place)
     return dict(place.status(), seen=until in logged(place), offset=offset)
 
 
@@ -128,8 +129,6 @@ def stop(place: Place, within: float = STOP_SECONDS) -> Table:
             send(os.kill, known["pid"], number_)
         while place.status()["state"] == "running" and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-    if was == "running":
-        wait_for_code(place)
     if group is not None:
         send(os.killpg, group, signal.SIGKILL)
     said = dict(place.status(), was=was)
@@ -155,7 +154,7 @@ def group_of(pid: int) -> int | None:
 
 def wait_for_code(place: Place) -> None:
     """Give its shell a moment to write the exit code."""
-    deadline = time.monotonic() + 1.0
+    deadline = time.monotonic() + CODE_SECONDS
     while number(place.code) is None and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS / 10)
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ def start(place: Place, script: str) -> dict[str, Any]:
 
 def is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def kill(pid: int) -> None:
+    process = psutil.Process(pid)
+    process.kill()
+    while is_alive(process):
+        time.sleep(0.01)  # a poll of another process
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -84,9 +92,23 @@ def test_only_what_this_start_has_logged_is_looked_at(place: Place) -> None:
 
 def test_a_killed_one_is_told_as_killed(place: Place) -> None:
     said = start(place, "echo ready; exec sleep 600")
-    os.kill(said["pid"], 9)
-    steward.wait_for_code(place)
+    kill(said["pid"])
     assert (place.status()["state"], place.status()["code"]) == ("ended", 137)
+
+
+def test_one_whose_shell_is_late_is_not_taken_for_gone(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be started again, or its code be written after it was stopped."""
+    said = start(place, "echo ready; exec sleep 600")
+    shell = psutil.Process(said["pid"]).parent()
+    assert shell is not None
+    shell.suspend()
+    kill(said["pid"])
+    monkeypatch.setattr("time.sleep", lambda seconds: shell.resume())
+    assert (place.status()["state"], place.status()["code"]) == ("ended", 137)
+    assert call(place, "stop")["was"] == "ended"
+    assert not list(place.facts.parent.iterdir())
 
 
 def test_one_that_does_not_listen_is_ended_by_force_with_its_children(place: Place) -> None:
