@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ PIP_SECONDS = 3600.0  # torch to an SD card
 LOAD_SECONDS = 300.0
 OLDEST = (3, 10)
 PROBE = """import sys; sys.path.pop(0)  # what lies about in the home there is not installed
-import importlib.metadata as m, importlib.util as u, json, os, platform, sysconfig
+import hashlib, json, os, platform, sysconfig
+import importlib.metadata as m, importlib.util as u
 site = os.path.realpath(sysconfig.get_paths()["purelib"])
 def version(name):
     try:
@@ -29,15 +31,20 @@ def has(name):
 def is_checkout():
     found = m.distributions(name="seedwire", path=[site])
     return any('"editable": true' in (d.read_text("direct_url.json") or "") for d in found)
+def packages():
+    found = sorted({(str(d.metadata["Name"]), str(d.version)) for d in m.distributions()})
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 print(json.dumps({
     "version": sys.version_info[:3], "machine": platform.machine(), "has_torch": has("torch"),
     "torch": version("torch") if has("torch") else "", "has_pip": has("pip"),
-    "has_ensurepip": has("ensurepip"), "is_checkout": is_checkout(), "site": site}))
+    "has_ensurepip": has("ensurepip"), "is_checkout": is_checkout(), "site": site,
+    "packages": packages()}))
 """
 LOADS = "import sys; sys.path.pop(0); import torch, numpy; torch.from_numpy(numpy.zeros(1))"
 TAKES = (
     "import sys; sys.path.pop(0); import transformers as t; sys.exit(not t.is_torch_available())"
 )
+NOTE = "installed.sha256"
 WITH_HOME = 'SEEDWIRE_HOME="$1" PYTHONSAFEPATH=1; export SEEDWIRE_HOME PYTHONSAFEPATH; shift; "$@"'
 COMPARE = """
 import hashlib, json, os, sys
@@ -58,6 +65,7 @@ class Python:
 
     Attributes:
         torch: version of the torch that it can import, "" if none.
+        packages: hash of the names and versions of all that is installed in it.
         site: where its pip puts pure packages.
         is_checkout: Seedwire is installed in it from a checkout there (``pip install -e``).
     """
@@ -66,6 +74,7 @@ class Python:
     version: tuple[int, int, int]
     machine: str
     torch: str
+    packages: str
     site: str
     has_pip: bool
     has_ensurepip: bool
@@ -74,6 +83,9 @@ class Python:
 
 def install(remote: Remote, cargo: Cargo, say: Say, fresh: bool = False) -> str:
     """Have the wheel, and all that it asks for, in the host's venv; a torch that is there stays.
+
+    A venv that is as an installation of the same has left it is not installed into again: pip,
+    and torch to be loaded, would take most of a push.
 
     Args:
         remote: the host, which has the cargo.
@@ -90,6 +102,8 @@ def install(remote: Remote, cargo: Cargo, say: Say, fresh: bool = False) -> str:
     python = _venv(remote, say, fresh)
     if python.is_checkout:
         return f"torch {python.torch}, and the checkout there is left alone"
+    if not fresh and _is_as_left(remote, python, cargo):
+        return f"torch {python.torch} (kept)"
     say("pip install" + ("" if python.torch else ", with torch: this takes minutes"))
     wheel = remote.host.at(cargo.wheel)
     wanted = [f"{wheel}[fast]", *([f"torch=={python.torch}"] if python.torch else [])]
@@ -98,16 +112,19 @@ def install(remote: Remote, cargo: Cargo, say: Say, fresh: bool = False) -> str:
     if not _is_current(remote, python, cargo):
         _pip(remote, python, ["--no-index", "--no-deps", "--force-reinstall", wheel])
     say("loading torch")
-    if _fault(remote, python, LOADS) and python.torch:
+    why = _fault(remote, python, LOADS)
+    if why and python.torch:
         say("an older numpy, for the host's torch")
         _pip(remote, python, [*options, *wanted, "numpy<2"])
-    if why := _fault(remote, python, LOADS):
+        why = _fault(remote, python, LOADS)
+    if why:
         raise HostError(f"torch does not load: {why}: see docs/boards.md")
     now = probe(remote, python.path)
     if _fault(remote, python, TAKES):
         raise HostError(f"transformers takes no torch {now.torch}: see docs/boards.md for another")
     if python.torch and now.torch != python.torch:
         raise HostError(f"torch {python.torch} became {now.torch}: please report it")
+    remote.run(["tee", remote.host.at(NOTE)], stdin=_mark(now, cargo).encode(), check=True)
     return f"torch {now.torch}" + (" (kept)" if python.torch else "")
 
 
@@ -199,6 +216,18 @@ def _fault(remote: Remote, python: Python, code: str) -> str:
     """Why code cannot be run; "" if it can."""
     done = remote.run([python.path, "-c", code], timeout=LOAD_SECONDS)
     return done.why if done.rc != 0 else ""
+
+
+def _mark(python: Python, cargo: Cargo) -> str:
+    """Equal for equal installations of equal wheels."""
+    whole = [python.path, python.version, python.packages, sorted(cargo.installed.items())]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def _is_as_left(remote: Remote, python: Python, cargo: Cargo) -> bool:
+    """Whether an installation of this wheel has ended well, and nothing has changed since."""
+    noted = remote.run(["cat", remote.host.at(NOTE)]).text
+    return noted == _mark(python, cargo) and _is_current(remote, python, cargo)
 
 
 def _is_current(remote: Remote, python: Python, cargo: Cargo) -> bool:

@@ -172,7 +172,16 @@ def test_a_push_is_whole_and_then_nothing_crosses_but_what_rotted(
     code = Path(_on(remote, "-c", "import node.worker; print(node.worker.__file__)"))
     assert code.is_relative_to(host.at("venv"))
 
-    assert push.bring(remote, everything, _say) == "nothing to copy"
+    lines.clear()
+    push.push(remote, everything, lines.append)
+    assert lines[-1].startswith("ready: nothing to copy, torch ")
+    assert not [line for line in lines if line.startswith(("pip", "loading"))]
+
+    info = Path(host.at("venv"), SITE, "another-1.0.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 1.0\n")
+    push.push(remote, everything, lines.append)
+    assert "pip install" in lines  # somebody was there, who may have done more
 
     rotten.write_bytes(wanted[:-1] + bytes([wanted[-1] ^ 1]))
     code.write_text("raise SystemExit('not what was installed')")
