@@ -75,7 +75,9 @@ def _origin(name: str) -> Path:
 
 def _metadata(found: metadata.Distribution, module: Path) -> str:
     """METADATA; in a checkout with what pyproject.toml asks for now, not when it was installed."""
-    head, _, description = (found.read_text("METADATA") or "").partition("\n\n")
+    # A checkout that was installed as it stands has an egg-info, where METADATA is PKG-INFO.
+    text = found.read_text("METADATA") or found.read_text("PKG-INFO") or ""
+    head, _, description = text.partition("\n\n")
     pyproject = module.with_name("pyproject.toml")
     if pyproject.exists():
         project = msgspec.toml.decode(pyproject.read_bytes())["project"]

@@ -325,9 +325,15 @@ def test_stop_ends_a_run_in_order_and_leaves_no_process_behind(
     wait_for(lambda: bool(committed(directory)), "round 1 is committed")
     children = family(process)
     seedwire = [sys.executable, "-m", "seedwire"]
-    (row,) = json.loads(subprocess.check_output([*seedwire, "list", tmp_path, "--format", "json"]))
+
+    def listed() -> dict[str, Any]:
+        told = subprocess.check_output([*seedwire, "list", tmp_path, "--format", "json"])
+        (row,) = json.loads(told)
+        return dict(row)
+
+    wait_for(lambda: listed()["round"] >= 1, "round 1 is listed")
+    row = listed()
     assert (row["state"], row["rounds"]) == ("running", 1000)
-    assert row["round"] >= 1
     said = json.loads(subprocess.check_output([*seedwire, "stop", directory, "--format", "json"]))
     assert said["ended"] == {"coordinator": pids(directory)["coordinator"]}
     process.communicate(timeout=PATIENCE_SECONDS)
@@ -335,5 +341,4 @@ def test_stop_ends_a_run_in_order_and_leaves_no_process_behind(
     assert not psutil.wait_procs(children, timeout=20)[1]
     live = json.loads((directory / "status.json").read_text())
     assert {"node-0", "node-1", "evaluator"} == {node["node"] for node in live["nodes"]}
-    (row,) = json.loads(subprocess.check_output([*seedwire, "list", tmp_path, "--format", "json"]))
-    assert row["state"] == "stopped"
+    assert listed()["state"] == "stopped"
