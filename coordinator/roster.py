@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from coordinator.limits import Allowance
-from fedalgos.limits import ENDLESS, Limit
+from fedalgos.limits import ENDLESS, MANY, Limit
 from protocol.messages import Cost, Hello, Limits, Meeting, Progress, Refuse
 from protocol.noise import STREAM
 from protocol.wire import Peer
@@ -40,7 +40,7 @@ class Member:
     def limit(self) -> Limit | None:
         """Of what a round may take here and can be planned, if it has said one."""
         said = self.hello.limits or Limits()
-        passes = said.seconds / self.probe if said.seconds and self.probe else None
+        passes = min(MANY, said.seconds / self.probe) if said.seconds and self.probe else None
         if said.bytes is None and passes is None:
             return None
         nbytes = ENDLESS if said.bytes is None else said.bytes

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 ENDLESS = 1 << 62  # bytes: no limit
+MANY = 1e12  # passes: more is no other limit, nor an infinite number
 
 
 @dataclass(frozen=True, slots=True)

@@ -358,6 +358,19 @@ def test_a_node_with_little_time_is_asked_for_fewer_directions(make: Make) -> No
     assert up(run, "b") == 2 * 2 * 6 * 4
 
 
+def test_an_inference_that_is_said_to_take_no_time_at_all_stops_nobody(make: Make) -> None:
+    run = make(WIDE, method={"name": "fwdllm", "perturbations": 40, "gate": "none"})
+    a, b, judge = Peer(run, "a", 0, 1), Peer(run, "b", 2, 3), Peer(run, "evaluator")
+    said, data = b.ready()
+    said = msgspec.structs.replace(said, costs=(Cost("inference", 5e-324),))
+    b.ready = lambda: (said, data)  # type: ignore[method-assign]
+    judge.login()
+    a.login()
+    b.login(limits=Limits(seconds=1e9))
+    assert run.finish()["status"] == "completed"
+    assert up(run, "a") == up(run, "b")
+
+
 def test_a_later_login_of_a_node_keeps_how_long_an_inference_takes() -> None:
     roster = Roster(4, "1")
     here = wire.Peer(b"there")
