@@ -346,7 +346,7 @@ class Reduce(Message, frozen=True, kw_only=True, tag="reduce"):
     attempt: RoundNumber = 0
     version: Version
     clients: Annotated[tuple[ClientId, ...], Meta(min_length=1, max_length=wire.MAX_ARRAY)]
-    examples: Weight
+    examples: Annotated[int, Meta(ge=1, lt=1 << 62)]  # a weight of each client
     rank: Annotated[int, Meta(ge=0, lt=1 << 16)]
     ranks: Annotated[int, Meta(ge=1, le=1 << 16)]
     address: Text

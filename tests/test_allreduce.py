@@ -364,6 +364,30 @@ def test_a_node_that_answers_after_all_was_over_says_what_it_cost_and_breaks_no_
     assert run.server.desk.meter.message[key] == 70
 
 
+def test_more_examples_than_a_client_can_have_are_not_too_many_for_all_together(
+    make: Make,
+) -> None:
+    """Of a pass over the data nobody knows how many there should be."""
+    run = make(method=ALLREDUCE | {"steps": 0}, rounds={"count": 1})
+    ring: dict[int, Flat] = {}
+    nodes = [Averager(run, "a", 0, 1, ring=ring), Averager(run, "b", 2, 3, ring=ring)]
+    a, b = nodes
+    most = (1 << 40) - 1
+    of_a = a.update
+
+    def boasts(task: Task) -> list[Said]:
+        update, data = of_a(task)
+        return [(msgspec.structs.replace(update, examples=most), data)]
+
+    a.answer = boasts
+    b.reduce = lambda order: []
+    a.reduce = lambda order: [a.reduced(order, digest=None, fault="on purpose", payload=None)]
+    for peer in (*nodes, Peer(run, "evaluator")):
+        peer.login()
+    run.until(lambda: bool(b.told(Reduce)))
+    assert b.told(Reduce)[0].examples == 2 * most + 3 + 4
+
+
 class Changed(dict[int, int]):
     """Whatever process it was, it is another now."""
 
