@@ -8,121 +8,20 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
+from deploy.clients import NOBODY, numbers, runs_backwards, spans
 from deploy.errors import InventoryError
+from deploy.hosts import Cluster, Coordinator, GroupTable, Host, HostTable
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"  # as a node may be called; $ lets "\n" in
-ENDPOINT = r"^tcp://[^\s/]+:[0-9]{1,5}\Z"
-NOBODY = "none"
 RESERVED = ("coordinator", "evaluator")  # names of keys and processes that a run makes itself
-
-Word = Annotated[str, Meta(pattern=r"^([^-\s]\S*)?\Z")]  # no option of ssh, no second argument
-RemotePath = Annotated[str, Meta(pattern=r"^((~|/)[^\n]*)?\Z")]
-Size = Annotated[str, Meta(pattern=r"^([0-9]+(\.[0-9]+)? ?[kKMG]?B?)?\Z")]
-Endpoint = Annotated[str, Meta(pattern=ENDPOINT)]
-Clients = Annotated[
-    str, Meta(pattern=r"^(none|[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*)?\Z")
-]
-Label = Annotated[str, Meta(max_length=200)]
 S = TypeVar("S", bound=Struct)
-
-
-class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the tables: a typo is an error, not a default."""
-
-
-class Cluster(Section, frozen=True, kw_only=True):
-    """What all hosts have in common.
-
-    Attributes:
-        ssh_config: for ``ssh -F``, relative to the inventory; "" is the user's own.
-        directory: ours on each host: venv, keys, cache, state, logs, run.
-        python: which a venv is made from.
-    """
-
-    ssh_config: str = ""
-    directory: Annotated[str, Meta(pattern=r"^(~/|/)[^\n]+\Z")] = "~/.seedwire"
-    python: Word = "python3"
-
-
-class Coordinator(Section, frozen=True, kw_only=True):
-    """Where the coordinator runs.
-
-    Attributes:
-        host: a host's name, or "" for this machine.
-        bind: where it listens.
-        address: where the nodes reach it.
-    """
-
-    host: str = ""
-    bind: Endpoint = "tcp://0.0.0.0:5555"
-    address: Endpoint
-
-
-class Limits(Section, frozen=True, kw_only=True):
-    """What a round may take on a host, as ``seedwire node --max-*``; "" and 0 are no limit."""
-
-    memory: Size = ""
-    bytes: Size = ""
-    seconds: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
-
-
-class HostTable(Section, frozen=True, kw_only=True):
-    """The keys of ``[hosts.NAME]``, whose meaning is ``Host``'s."""
-
-    address: Annotated[Word, Meta(min_length=1)]
-    user: Word = ""
-    port: Annotated[int, Meta(ge=0, le=65535)] = 0
-    directory: RemotePath = ""
-    python: Word = ""
-    venv: RemotePath = ""
-    device: Word = "cpu"
-    threads: Annotated[int, Meta(ge=0, le=4096)] = 0
-    clients: Clients = ""
-    systemd: Literal["", "user", "system"] = ""
-    limits: Limits = Limits()
-    labels: Mapping[str, Label] = {}
-
-
-class GroupTable(HostTable, frozen=True, kw_only=True):
-    """The keys of ``[groups.NAME]``; ``{i}`` in an address or a directory is 1 to ``count``."""
-
-    count: Annotated[int, Meta(ge=1, le=1000)]
-
-
-class Host(HostTable, frozen=True, kw_only=True):
-    """One host, nothing left to be filled in.
-
-    Attributes:
-        name: of the host and of its node.
-        address: what ``ssh`` takes, an alias of its config too.
-        user: "" leaves it to ssh.
-        port: 0 leaves it to ssh.
-        directory: ours, on the host.
-        python: which a venv is made from.
-        venv: one that exists; "" is ``venv`` in ``directory``.
-        clients: hosted by its node, as 0-3 or 0,2,5-7; "" for an even share, "none" for no node.
-        systemd: how its node is started: by a "user" or "system" unit, or "" without.
-        ssh_config: for ``ssh -F``; None is the user's own.
-    """
-
-    name: str
-    ssh_config: Path | None = None
-
-    def at(self, *parts: str) -> str:
-        """A path in our directory on the host."""
-        return "/".join((self.directory.rstrip("/"), *parts))
-
-    @property
-    def interpreter(self) -> str:
-        """The Python of the venv, on the host."""
-        return f"{self.venv.rstrip('/') or self.at('venv')}/bin/python"
 
 
 class Inventory(Struct, frozen=True):
@@ -273,7 +172,7 @@ def _contradiction(inventory: Inventory) -> str | None:
         if place in places:
             return f"hosts.{host.name}: the same address and directory as {places[place]}"
         places[place] = host.name
-        if _runs_backwards(host.clients):
+        if runs_backwards(host.clients):
             return f"hosts.{host.name}.clients: {host.clients} runs backwards"
         for client in numbers(host.clients):
             if client in claims:
@@ -286,32 +185,3 @@ def _contradiction(inventory: Inventory) -> str | None:
         return None
     file = inventory.hosts[0].ssh_config
     return None if file and file.exists() else f"cluster.ssh_config: {config} is not there"
-
-
-# --- clients ---------------------------------------------------------------------
-
-
-def _bounds(clients: str) -> Iterator[tuple[int, int]]:
-    for part in [] if clients in ("", NOBODY) else clients.split(","):
-        first, _, last = part.partition("-")
-        yield int(first), int(last or first)
-
-
-def _runs_backwards(clients: str) -> bool:
-    return any(first > last for first, last in _bounds(clients))
-
-
-def numbers(clients: str) -> list[int]:
-    """The clients of "0,2,5-7": 0, 2, 5, 6, 7."""
-    return [c for first, last in _bounds(clients) for c in range(first, last + 1)]
-
-
-def spans(clients: Sequence[int]) -> str:
-    """Increasing clients as text: 0, 2, 5, 6, 7 is "0,2,5-7"."""
-    runs: list[list[int]] = []
-    for client in clients:
-        if runs and client == runs[-1][1] + 1:
-            runs[-1][1] = client
-        else:
-            runs.append([client, client])
-    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)

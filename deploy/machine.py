@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from deploy.errors import HostError
-from deploy.inventory import Host, Inventory
+from deploy.hosts import Host
+from deploy.inventory import Inventory
 from deploy.ssh import Done, Remote
 
 

@@ -6,14 +6,13 @@ beside those of the steward says whose systemd it is, so that who looks later ne
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from deploy import units
 from deploy.errors import HostError
-from deploy.inventory import Host
+from deploy.hosts import Host
 from deploy.ssh import Remote
 from deploy.units import Place, Scope
 
@@ -41,7 +40,7 @@ def place(host: Host, scope: Scope, home: str, user: str) -> Place:
 
 def files(host: Host, where: Place, variables: Mapping[str, str]) -> dict[str, str]:
     """What is written on the host: path -> text; its log is where ``cluster logs`` looks."""
-    local = units.drop_in(_bytes(host.limits.memory), host.device, where.scope)
+    local = units.drop_in(host.limits.memory_bytes, host.device, where.scope)
     logs = f"{PurePosixPath(where.configuration).parent}/logs"
     local = (local or "[Service]\n") + "".join(
         f"Standard{stream}=append:{logs}/{host.name}.log\n" for stream in ("Output", "Error")
@@ -50,12 +49,6 @@ def files(host: Host, where: Place, variables: Mapping[str, str]) -> dict[str, s
         local += "LoadCredential=\n"  # there are no keys to hand over
     mark = {f"{where.configuration}/{host.name}.systemd": where.scope}
     return mark | units.node_files(where, host.name, variables, local)
-
-
-def _bytes(size: str) -> int | None:
-    """Of "1500MB"; kB, MB and GB are powers of 1000, as for ``seedwire node --max-memory``."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kKMG]?)B?", size)
-    return round(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " ")) if found else None
 
 
 def start(remote: Remote, scope: Scope, variables: Mapping[str, str], within: float) -> bool:

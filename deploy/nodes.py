@@ -15,7 +15,7 @@ import msgspec
 
 from deploy import managed
 from deploy.errors import HostError
-from deploy.inventory import Host
+from deploy.hosts import Host
 from deploy.machine import Office
 from deploy.parallel import Say
 from deploy.ssh import Remote

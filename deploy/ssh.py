@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.errors import HostError
-from deploy.inventory import Host
+from deploy.hosts import Host
 
 CONNECT_SECONDS = 10
 RUN_SECONDS = 60.0

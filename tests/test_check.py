@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from deploy import check, listener, probe
-from deploy.check import Facts, Software, findings
+from deploy import listener, probe
+from deploy.findings import Facts, Software, findings
 from deploy.inventory import Inventory, parse
 
 FIT = Facts(
@@ -89,11 +89,6 @@ def test_each_fault_is_found_with_what_to_do(
 def test_a_coordinator_bound_to_its_own_machine_is_told_apart() -> None:
     said = found(msgspec.structs.replace(FIT, port="refused"), inventory("tcp://127.0.0.1:5555"))
     assert 'bind = "tcp://0.0.0.0:5555"' in said[0][2]
-
-
-@pytest.mark.parametrize(("text", "nbytes"), [("", 0), ("1500MB", 1.5e9), ("2 kB", 2e3), ("7", 7)])
-def test_sizes(text: str, nbytes: float) -> None:
-    assert check.bytes_of(text) == nbytes
 
 
 # --- the port, for real ----------------------------------------------------------

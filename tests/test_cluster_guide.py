@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from msgspec import NODEFAULT, Struct
 
-from deploy.inventory import Cluster, Coordinator, GroupTable, HostTable, load, parse
+from deploy.hosts import Cluster, Coordinator, GroupTable, HostTable
+from deploy.inventory import load, parse
 from tests.sshd import inventory, sshd
 from tests.test_cluster import Site
 from tests.test_docs import page, rows, section

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deploy.clients import numbers, spans
 from deploy.errors import InventoryError
-from deploy.inventory import Inventory, load, numbers, parse, spans
+from deploy.hosts import Limits
+from deploy.inventory import Inventory, load, parse
 
 COORDINATOR = {"address": "tcp://192.0.2.1:5555"}
 FULL = """
@@ -183,3 +185,10 @@ def test_the_whole_inventory_is_frozen() -> None:
     with pytest.raises(AttributeError):
         inventory(a={}).hosts[0].user = "root"  # type: ignore[misc]
     assert msgspec.to_builtins(inventory(a={}).coordinator)["bind"] == "tcp://0.0.0.0:5555"
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("", None), ("1500MB", 1_500_000_000), ("2 kB", 2000), ("1.5G", 1.5e9)]
+)
+def test_sizes_are_powers_of_1000(text: str, nbytes: float | None) -> None:
+    assert Limits(memory=text).memory_bytes == nbytes

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from deploy import nodes
 from deploy.cluster_cli import cluster_app
 from deploy.errors import HostError
-from deploy.inventory import Host, Limits
+from deploy.hosts import Host, Limits
 from deploy.nodes import Launch, NodeError
 from deploy.ssh import Done, Remote, quote
 from tests.sshd import ROOT, inventory, sshd

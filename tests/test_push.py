@@ -20,8 +20,8 @@ from deploy import cargo, inventory, push, wheel
 from deploy.cargo import Cargo
 from deploy.cluster_cli import cluster_app
 from deploy.errors import HostError
+from deploy.hosts import Host
 from deploy.install import install, prepare
-from deploy.inventory import Host
 from deploy.ssh import Done, Remote, remotes
 from tests import sshd
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from deploy.errors import DeployError, HostError
-from deploy.inventory import Host
+from deploy.hosts import Host
 from deploy.parallel import Say, each
 from deploy.ssh import Remote, quote, remotes
 from tests.sshd import sshd

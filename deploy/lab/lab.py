@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import tomli_w
 
 from deploy.errors import LabError
-from deploy.lab import host
+from deploy.lab import entry, host
 from deploy.lab.cgroups import Groups, Use
 from deploy.lab.file import Host, Lab
 from deploy.lab.network import Network, call, impossible
@@ -29,17 +28,6 @@ from deploy.lab.network import Network, call, impossible
 Say = Callable[[str], None]
 
 RECORD = "lab.json"  # its presence says that a directory is a lab's
-SSH_CONFIG = """\
-Host *
-  User root
-  IdentityFile {directory}/id
-  IdentitiesOnly yes
-  IdentityAgent none
-  UserKnownHostsFile {directory}/known_hosts
-  GlobalKnownHostsFile /dev/null
-  StrictHostKeyChecking yes
-  BatchMode yes
-"""
 
 
 @dataclass(frozen=True)
@@ -162,7 +150,7 @@ def _network(lab: Lab | None, directory: Path) -> Network:
 def _build(lab: Lab, directory: Path, say: Say) -> None:
     groups, network = Groups(_name(directory)), _network(lab, directory)
     files = {each.name: directory / "hosts" / each.name for each in lab.hosts}
-    _make_keys(directory, files)
+    entry.make_keys(directory, files)
     for each in lab.hosts:
         host.write(files[each.name], each.name, each.address, network.addresses)
         if lab.packages:
@@ -182,40 +170,7 @@ def _build(lab: Lab, directory: Path, say: Say) -> None:
     for each in lab.hosts:
         host.wait(files[each.name], started[each.name], each.address)
         say(f"{each.name} is up at {each.address}")
-    _write_inventory(lab, directory)
-
-
-def _make_keys(directory: Path, files: dict[str, Path]) -> None:
-    """One that opens all hosts, and each host's own, which are known from the start."""
-    _make_key(directory / "id", "lab")
-    for name, path in files.items():
-        path.mkdir(parents=True, mode=0o700)
-        _make_key(path / "key", name)
-        shutil.copy(directory / "id.pub", path / "authorized_keys")
-
-
-def _make_key(path: Path, comment: str) -> None:
-    call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path))
-
-
-def _write_inventory(lab: Lab, directory: Path) -> None:
-    known, aliases = [], []
-    for each in lab.hosts:
-        key = (directory / "hosts" / each.name / "key.pub").read_text()
-        known.append(f"{each.address} {key}")
-        aliases.append(f"Host {each.name}\n  HostName {each.address}\n")
-    (directory / "known_hosts").write_text("".join(known))
-    config = "".join(aliases) + SSH_CONFIG.format(directory=directory)
-    (directory / "ssh_config").write_text(config)
-    hosts = {h.name: h for h in lab.hosts}
-    centre = hosts[lab.coordinator].address if lab.coordinator else lab.here
-    endpoint = f"tcp://{centre}:{lab.port}"
-    table = {
-        "cluster": {"ssh_config": "ssh_config", "python": host.PYTHON},
-        "coordinator": {"host": lab.coordinator, "bind": endpoint, "address": endpoint},
-        "hosts": {name: {"address": name, **h.inventory} for name, h in hosts.items()},
-    }
-    (directory / "cluster.toml").write_text(tomli_w.dumps(table))
+    entry.write(lab, directory)
 
 
 def _remove(directory: Path) -> None:
