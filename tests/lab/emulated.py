@@ -61,6 +61,14 @@ def things() -> set[str]:
     return found
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Not one that has ended, and that this machine's init has not asked for yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def processes(directory: Path) -> list[psutil.Process]:
     """Those that have to do with a lab: by their command, directory or open log."""
     found = []

@@ -14,7 +14,7 @@ import pytest
 
 from deploy.lab.host import PYTHON
 from deploy.lab.lab import missing
-from tests.lab.emulated import NETWORK, Emulated, processes, things
+from tests.lab.emulated import NETWORK, Emulated, is_alive, processes, things
 
 WHY = missing()
 pytestmark = [
@@ -202,7 +202,7 @@ def test_down_leaves_nothing_and_may_be_said_twice(other: Emulated) -> None:
     assert len(running) > 2 * len(NAMES)
     assert other.seedwire("down").returncode == 0
     assert things() == before
-    assert not [p for p in running if p.is_running()]
+    assert not [p for p in running if is_alive(p)]
     assert not processes(other.directory)
     assert [p.name for p in other.file.parent.iterdir()] == ["lab.toml"]
     assert other.seedwire("down").returncode == 0
