@@ -138,6 +138,10 @@ class Roster:
         if self._by_name.get(member.name) is member:
             del self._by_name[member.name]
 
+    def forget(self, name: str) -> None:
+        """Of a node that has long been gone."""
+        self._probes.pop(name, None)
+
     def at(self, peer: Peer) -> Member | None:
         """Who speaks on this connection."""
         return next((m for m in self if m.peer == peer), None)

@@ -152,6 +152,7 @@ class Server:
         self._recorder.joined(member)
         for name in self._recorder.forget({other.name for other in self.desk.roster}):
             self._hellos.pop(name, None)
+            self.desk.roster.forget(name)
         table = msgspec.to_builtins(self.settings.experiment)
         self.desk.send(member, Welcome(run=self.settings.run_id, experiment=table))
 

@@ -136,6 +136,7 @@ def test_names_that_come_and_go_are_forgotten_one_by_one_and_their_bytes_are_not
         passing = Peer(run, f"passing-{i}", 2, peer=b"passing-%d" % i).login(run.net.now)
         run.until(lambda p=passing: bool(p.heard))  # type: ignore[misc]
         (member,) = (m for m in run.server.desk.roster if m.name == passing.name)
+        run.until(lambda m=member: m.version is not None)  # type: ignore[misc]
         run.server._part(member, "it said goodbye")
         assert sum(run.recorder.meter.message.values()) > before
     nodes = run.recorder.account.nodes
@@ -144,6 +145,7 @@ def test_names_that_come_and_go_are_forgotten_one_by_one_and_their_bytes_are_not
     named = {key.node for key in run.recorder.meter.message}
     assert named <= {*nodes, "(others)"}
     assert set(run.server._hellos) <= set(nodes)
+    assert set(run.server.desk.roster._probes) <= {*nodes, "evaluator"}
 
 
 def test_reasons_that_quote_what_a_peer_made_up_do_not_fill_the_account(make: Make) -> None:
