@@ -170,9 +170,8 @@ def fit(f: Setup, s: State, plan: Plan, limits: Mapping[int, Limit]) -> Plan:
 
     def room(limit: Limit) -> int:
         scalars = limit.update_bytes(down) // 4
-        if (
-            limit.passes is None or not f.o.steps
-        ):  # a pass over the data: nobody here knows how long
+        # With steps = 0 a task is a pass over the data, and nobody here knows how long that is.
+        if limit.passes is None or f.o.steps == 0:
             return scalars
         return min(scalars, int(limit.passes / (f.o.steps * PASSES[f.o.estimator])))
 
