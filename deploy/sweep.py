@@ -1,11 +1,13 @@
 """A sweep: every file with every combination of values, one run after another, then the report.
 
-A combination's directory is named after it, so a sweep that was cut short goes on where it was.
+A combination's directory is named after it, and says what it was made from; so a sweep that was cut
+short goes on where it was, and nothing of another question is taken for an answer.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -87,11 +89,16 @@ def run_sweep(sweep: Sweep, say: Say) -> int:
     plans, codes = sweep.plans(), []
     for number, plan in enumerate(plans, 1):
         where = f"[{number}/{len(plans)}] {plan.directory.name}"
-        if (plan.directory / "summary.json").exists():
-            say(f"{where}: done before")
-            continue
+        asked = _asked(plan)
+        if (plan.directory / "summary.json").exists() and _note(plan).exists():
+            if _note(plan).read_text() == asked:
+                say(f"{where}: done before")
+                continue
+            say(f"{where}: what was done before is of another file or other settings")
         _put_aside(plan.directory)
         say(where)
+        plan.directory.mkdir(parents=True)
+        _note(plan).write_text(asked)
         codes.append(local.run(plan, say))
         if codes[-1]:
             say(f"{where}: ended with exit code {codes[-1]}; going on with the next")
@@ -103,8 +110,22 @@ def run_sweep(sweep: Sweep, say: Say) -> int:
     return next(filter(None, codes), 0)
 
 
+def _note(plan: local.Plan) -> Path:
+    """Where it says what a run of the sweep was made from."""
+    return plan.directory / "sweep.json"
+
+
+def _asked(plan: local.Plan) -> str:
+    """What a run is made from; where it differs, an earlier result is of another question."""
+    try:
+        text = plan.experiment.read_text()
+    except OSError:
+        text = ""  # the coordinator says so
+    return json.dumps({"experiment": text, "set": plan.overrides, "nodes": plan.nodes}, indent=1)
+
+
 def _put_aside(directory: Path) -> None:
-    """Make room for a run where one was cut short; it is kept under another name."""
+    """Make room for a run where another was cut short, or is of another file; that one is kept."""
     if directory.exists():
-        names = (f"{directory.name}.cut-short-{number}" for number in itertools.count(1))
+        names = (f"{directory.name}.earlier-{number}" for number in itertools.count(1))
         directory.rename(next(p for p in map(directory.with_name, names) if not p.exists()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ class Runs:
     def run(self, plan: local.Plan, say: local.Say) -> int:
         del say
         self.ran.append(plan.directory.name)
-        plan.directory.mkdir(parents=True)  # as a coordinator, which takes no used one
+        assert not (plan.directory / "summary.json").exists()  # a coordinator takes no used one
         if plan.directory.name == self.failing:
             return 8
         (plan.directory / "summary.json").write_text(json.dumps({}))
@@ -118,7 +119,24 @@ def test_a_second_time_only_what_is_missing_runs_and_nothing_is_lost(
     assert run_sweep(plan, lambda text: None) == 0
     assert runs.ran == ["a-seed=2"]
     assert runs.reported == ["a-seed=1", "a-seed=2"]
-    assert (plan.directory / "a-seed=2.cut-short-1" / "log").read_text() == "kept"
+    assert (plan.directory / "a-seed=2.earlier-1" / "log").read_text() == "kept"
+
+
+def test_results_of_another_file_or_other_settings_are_no_answer(
+    tmp_path: Path, runs: Runs
+) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("x = 1")
+    plan = sweep(tmp_path, "run.seed=1", files=(file,))
+    other = replace(plan, overrides=("rounds.count=2",))
+    for asked, expected in ((plan, 1), (plan, 1), (other, 2), (other, 2), (plan, 3)):
+        assert run_sweep(asked, lambda text: None) == 0
+        assert len(runs.ran) == expected
+    file.write_text("x = 2")
+    assert run_sweep(plan, lambda text: None) == 0
+    assert len(runs.ran) == 4
+    kept = sorted(p.name for p in plan.directory.glob("*earlier*"))
+    assert kept == [f"a-seed=1.earlier-{i}" for i in (1, 2, 3)]
 
 
 def test_the_command_says_what_is_wrong_with_its_options() -> None:
