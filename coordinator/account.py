@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordinator.reconcile import Unexplained
-from protocol.messages import Score
+import msgspec
+
+from coordinator.events import Commit
+from coordinator.limits import MAX_GONE, MAX_REASONS
+from coordinator.reconcile import Excess, Unexplained
+from protocol.messages import Cost, Hello, Score, Update
 from protocol.meter import Around, Key, Meter
 from protocol.tcp import Traffic
+
+IDLE = ("wait", "transfer", "upload", "reduce")  # phases in which a node does not compute
 
 
 @dataclass
@@ -82,6 +89,110 @@ class Account:
         meter.message.update(dict(self.message))
         meter.around.update(dict(self.around))
         meter.traffic.update(self.traffic)
+
+    # --- nodes -------------------------------------------------------------------
+
+    def join(self, hello: Hello) -> None:
+        """A node has logged in."""
+        if hello.role == "evaluate":
+            self.evaluators.add(hello.node)
+        self.nodes.pop(hello.node, None)  # the last to log in are at the end
+        self.nodes[hello.node] = {
+            "host": hello.host,
+            "pid": hello.pid,
+            "role": hello.role,
+            "clients": list(hello.clients),
+            "memory_limit": hello.memory_limit,
+            "limits": msgspec.to_builtins(hello.limits),
+        }
+
+    def forget(self, here: Collection[str]) -> list[str]:
+        """Let go of nodes that have long been gone: who, if they are too many."""
+        if len(self.nodes) <= len(here) + MAX_GONE:
+            return []
+        gone = [name for name in self.nodes if name not in here][:-MAX_GONE]
+        for name in gone:
+            del self.nodes[name]
+            self.inference.pop(name, None)
+            self.unexplained.pop(name, None)
+        return gone
+
+    def raise_peaks(self, peaks: Mapping[str, int]) -> None:
+        """Of a training node: resident bytes by phase."""
+        for phase, peak in peaks.items():
+            self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
+
+    def charge(self, node: str, costs: tuple[Cost, ...]) -> None:
+        """What an answer cost."""
+        for cost in costs:
+            add(self.phase_seconds, cost.phase, cost.seconds)
+            if cost.joules is not None:
+                add(self.joules, cost.phase, cost.joules)
+            if cost.phase == "train" and cost.rss and node in self.inference:
+                over = max(0, cost.rss - self.inference[node])
+                self.over_inference = max(self.over_inference or 0, over)
+
+    # --- rounds ------------------------------------------------------------------
+
+    def has_opened(self, round: int, attempt: int) -> bool:
+        """Whether this is the round that is being measured."""
+        r = self.round
+        return r is not None and (r.number, r.attempt) == (round, attempt)
+
+    def open(self, opened: Round, folds_late: bool) -> None:
+        """A round begins; with ``folds_late`` what came since the last commit counts in it."""
+        past, self.round = self.round, opened
+        if past is not None and folds_late:
+            opened.losses, opened.train_seconds = past.losses, past.train_seconds
+
+    def take_update(self, node: str, update: Update, folds_late: bool) -> None:
+        """Count an update in the round, once; ``folds_late``: in the open one, whose it is."""
+        r, is_open = self.round, self.has_opened(update.round, update.attempt)
+        if r is not None and (is_open or folds_late) and update.client not in r.losses:
+            busy = (c.seconds for c in update.costs if c.phase not in IDLE)
+            add(r.train_seconds, node, sum(busy))
+            r.losses[update.client] = (update.examples, update.loss)
+
+    def close(self, commit: Commit, now: float) -> tuple[float, float]:
+        """A round is done: its mean training loss, and its seconds."""
+        r, seconds = self._stop(now)
+        counted = [r.losses[c] for c, _ in commit.refs if c in r.losses]
+        loss = sum(n * value for n, value in counted) / max(1, sum(n for n, _ in counted))
+        self.losses.append(loss)
+        self.client_rounds += len(commit.refs)
+        for node, spent in r.train_seconds.items():
+            add(self.train_seconds, node, spent)
+        r.losses, r.train_seconds = {}, {}
+        return loss, seconds
+
+    def abandon(self, now: float, num_updates: int) -> None:
+        """A round came to nothing, and neither did the updates that it had."""
+        self._stop(now)
+        if num_updates:
+            add(self.num_rejected, "round abandoned", num_updates)
+
+    def _stop(self, now: float) -> tuple[Round, float]:
+        """The open round, and for how long it was."""
+        assert self.round is not None  # noqa: S101 - it was opened
+        seconds = now - self.round.opened_at
+        self.seconds += seconds
+        return self.round, seconds
+
+    def reject(self, reason: str) -> None:
+        """Something did not count; what stands behind a colon is one case's own."""
+        key = reason.split(":")[0]
+        if key not in self.num_rejected and len(self.num_rejected) >= MAX_REASONS:
+            key = "other"  # some quote what a peer made up
+        add(self.num_rejected, key)
+
+    def unexplain(self, round: int, excess: Excess) -> bool:
+        """Bytes that nothing explains; says whether they are a node's first, in this direction."""
+        ways = self.unexplained.setdefault(excess.node, {})
+        is_first = excess.way not in ways
+        found = ways.setdefault(excess.way, Unexplained(round))
+        found.rounds += 1
+        found.bytes += excess.unexplained
+        return is_first
 
 
 def add(counts: dict[str, Any], key: str, amount: float = 1) -> None:

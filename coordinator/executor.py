@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from coordinator import totals
 from coordinator.archive import Archive
 from coordinator.central import Central
 from coordinator.collectives import Collectives
@@ -104,7 +105,7 @@ class Executor:
             self.centre(space, archive.checkpoint(space.size)[1])
         self.intake.resume(num_events, held(state))
         phase, current = state.phase, (state.round + 1, state.attempt)
-        if isinstance(phase, Training) and self._recorder.has_opened(*current):
+        if isinstance(phase, Training) and self._recorder.account.has_opened(*current):
             # else nobody was asked, and it opens with a task
             plan = self.need().plan(current[0], phase.cohort, phase.limits)
             self.intake.reopen(current, plan)
@@ -203,7 +204,8 @@ class Executor:
         self._desk.withdraw(central.oldest, central.version)
         self._desk.measure()
         self._recorder.committed(command, self._now(), central.metrics)
-        return Committed(self._now(), command.round, self._recorder.spent())
+        spent = totals.spent(self._recorder.account, self._recorder.meter)
+        return Committed(self._now(), command.round, spent)
 
     def _damped(self, ref: str, staleness: int) -> Contribution:
         """An update that counts now, the less the later it is."""
@@ -246,7 +248,7 @@ class Executor:
         if known >= 0 and not central.has_been(known, member.digest, tier):
             reason = f"node {member.name} holds parameters of no version of this run"
             log.warning("%s; it gets a snapshot", reason)
-            self._recorder.resynced(member, reason)
+            self._recorder.resynced()
             known = -1
         catch_up = central.catch_up(known, tier)
         for kept in catch_up.kept:

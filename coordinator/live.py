@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator import totals
 from coordinator.cohort import waited_for
 from coordinator.record import RunRecorder
 from coordinator.roster import Member
@@ -74,9 +75,9 @@ class Live:
             "round": state.round,
             "phase": type(state.phase).__name__.lower(),
             **self._phase(state, policy),
-            "bytes": recorder.bytes(),
-            "rejected": dict(recorder.num_rejected),
-            "resyncs": recorder.num_resyncs,
+            "bytes": totals.nbytes(recorder.account, recorder.meter),
+            "rejected": dict(recorder.account.num_rejected),
+            "resyncs": recorder.account.num_resyncs,
             "nodes": self._nodes(),
         }
 

@@ -204,7 +204,7 @@ class Server:
                     self._expel(member, "too many resyncs")
                     return
                 log.warning("node %s at version %d resyncs: %s", member.name, version, reason)
-                self._recorder.resynced(member, reason)
+                self._recorder.resynced()
                 member.version = -1  # of no use: a snapshot follows with the next task
                 yield self._present(member)
             case Bye(reason=reason):

@@ -359,8 +359,8 @@ def test_a_node_that_answers_after_all_was_over_says_what_it_cost_and_breaks_no_
     b.say(*late)
     b.say(*late)  # a second answer to one question
     key = Key("b", "up", "collective")
-    run.until(lambda: bool(run.recorder.num_rejected.get("bad message")))
-    assert run.recorder.num_rejected["bad message"] == 1
+    run.until(lambda: bool(run.recorder.account.num_rejected.get("bad message")))
+    assert run.recorder.account.num_rejected["bad message"] == 1
     assert run.server.desk.meter.message[key] == 70
 
 

@@ -116,7 +116,7 @@ def test_a_run_ends_at_its_byte_budget_and_says_so(make: Make, limit: int) -> No
     assert summary["status"] == "completed"
     assert summary["ended"] == f"budget: {last} of {limit} bytes"
     assert evaluator.version == summary["rounds"]  # which is scored
-    assert [r for r, _ in run.recorder.scores] == [0, summary["rounds"]]
+    assert [r for r, _ in run.recorder.account.scores] == [0, summary["rounds"]]
     assert json.loads((run.directory / "summary.json").read_text()) == summary
     state = State()
     for event in run.journal():  # as a resumed coordinator does

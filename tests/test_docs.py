@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from msgspec import NODEFAULT, Struct
 
-from coordinator import record
 from coordinator.archive import Archive
 from coordinator.central import Central
 from coordinator.journal import Journal
 from coordinator.record import RunRecorder
+from coordinator.summary import SUMMARY_VERSION
 from deploy.errors import DeployError
 from fedalgos.fedavg import FedAvg, fedavg
 from fedalgos.method import Settings
@@ -369,7 +369,7 @@ def test_every_key_of_the_summary_is_defined(run: tuple[Path, dict[str, Any]]) -
     open_ended = {"bytes_by_kind", "own_over_kernel", "seconds.by_phase", "unexplained"}
     assert set(leaves(run[1])) - open_ended <= described.keys()
     assert not [key for key in open_ended if f"`{key}." not in page("summary.md")]
-    assert f"is {record.SUMMARY_VERSION}." in section("summary.md", "The promise")
+    assert f"is {SUMMARY_VERSION}." in section("summary.md", "The promise")
 
 
 def test_every_file_of_a_run_is_described(run: tuple[Path, dict[str, Any]]) -> None:

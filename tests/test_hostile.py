@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from coordinator import limits, record
+from coordinator import account, limits
 from fedalgos.method import Assignment, Work
 from protocol.blobs import CHUNK_BYTES
 from protocol.messages import (
@@ -111,7 +111,7 @@ def test_a_stranger_is_refused_a_few_times_and_then_not_even_read(
         run.server.turn(0.0)
     assert len(read) == limits.STRANGER_AT_ONCE
     assert len(run.net.sent) == limits.STRANGER_AT_ONCE
-    assert run.recorder.num_rejected["bad message"] == 500 - limits.STRANGER_AT_ONCE
+    assert run.recorder.account.num_rejected["bad message"] == 500 - limits.STRANGER_AT_ONCE
 
 
 def test_a_flood_of_nonsense_is_gone_through_many_messages_a_turn(make: Make) -> None:
@@ -119,13 +119,13 @@ def test_a_flood_of_nonsense_is_gone_through_many_messages_a_turn(make: Make) ->
     run.net.deliveries += [(0.0, b"%d" % i, [b"nonsense"]) for i in range(500)]
     for _ in range(500 // limits.VAIN_AT_A_TIME + 1):
         run.server.turn(0.0)
-    assert run.recorder.num_rejected == {"bad message": 500}
+    assert run.recorder.account.num_rejected == {"bad message": 500}
 
 
 def test_names_that_come_and_go_are_forgotten_one_by_one_and_their_bytes_are_not(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(record, "MAX_GONE", 3)
+    monkeypatch.setattr(account, "MAX_GONE", 3)
     run = make()
     two_nodes(run)
     run.until(lambda: run.server.central is not None)
@@ -152,7 +152,7 @@ def test_reasons_that_quote_what_a_peer_made_up_do_not_fill_the_account(make: Ma
     run = make()
     for i in range(200):
         run.recorder.rejected(f"a value of {i}")
-    counts = run.recorder.num_rejected
+    counts = run.recorder.account.num_rejected
     assert (len(counts), sum(counts.values())) == (limits.MAX_REASONS + 1, 200)
 
 
@@ -162,7 +162,7 @@ def test_what_is_too_large_for_a_login_is_not_read_from_a_stranger(make: Make) -
     run.net.deliver(0.0, b"stranger", [b"\x03", body])
     run.server.turn(0.0)
     assert run.net.sent == []
-    assert run.recorder.num_rejected == {"bad message": 1}
+    assert run.recorder.account.num_rejected == {"bad message": 1}
 
 
 def test_a_name_that_logs_in_all_the_time_is_not_answered(make: Make) -> None:
@@ -171,7 +171,7 @@ def test_a_name_that_logs_in_all_the_time_is_not_answered(make: Make) -> None:
         Peer(run, "a", 0, 1, peer=b"%d" % i).login(login=i)
     for _ in range(50):
         run.server.turn(0.0)
-    assert run.recorder.num_rejected["bad message"] == 50 - limits.LOGINS_AT_ONCE
+    assert run.recorder.account.num_rejected["bad message"] == 50 - limits.LOGINS_AT_ONCE
 
 
 # --- replayed, reordered, made up ------------------------------------------------
@@ -222,7 +222,7 @@ def test_an_answer_before_it_was_ready_is_a_breach(make: Make) -> None:
     a.login()
     for _ in range(4):
         run.server.turn(0.2)
-    assert run.recorder.num_rejected == {"bad message": 1}
+    assert run.recorder.account.num_rejected == {"bad message": 1}
 
 
 def test_an_update_of_another_run_or_round_is_stale_and_its_payload_is_not_pulled(
@@ -249,7 +249,7 @@ def test_an_update_before_there_are_parameters_is_stale(make: Make) -> None:
     a.say(*a.update(Task(round=1, attempt=0, client=0, version=0)))
     run.until(lambda: bool(a.told(Reject)))
     assert run.server.central is None
-    assert run.recorder.num_rejected == {"no round is open": 1}
+    assert run.recorder.account.num_rejected == {"no round is open": 1}
 
 
 def test_a_node_that_pulls_more_than_it_was_offered_is_stopped(make: Make) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from coordinator import eventlog, rounds
+from coordinator import eventlog, rounds, totals
 from coordinator import events as kinds
 from coordinator.central import Central
 from coordinator.desk import SETTLE_SECONDS
@@ -397,7 +397,7 @@ def test_a_node_killed_at_its_memory_limit_fails_the_task_it_had_and_no_other(ma
     assert missing_after_a_return(run, pid=8, oom_kills=3) == {
         "0": "out of memory: the kernel killed node a at its limit of 500 MB"
     }
-    assert run.recorder.num_rejected == {"task failed": 1}
+    assert run.recorder.account.num_rejected == {"task failed": 1}
 
 
 @pytest.mark.parametrize(
@@ -680,7 +680,7 @@ def test_parameters_that_do_not_fit_are_a_breach(make: Make, changes: dict[str, 
     bad = msgspec.structs.replace(ready, **changes)
     evaluator.ready = lambda: (bad, data)  # type: ignore[method-assign]
     run.until(lambda: run.net.now > 0.3)
-    assert run.recorder.num_rejected == {"bad message": 1}
+    assert run.recorder.account.num_rejected == {"bad message": 1}
     assert run.server.central is None
 
 
@@ -705,7 +705,7 @@ def test_a_training_node_may_not_announce_a_large_payload_at_login(make: Make) -
     large = msgspec.structs.replace(ready, payload=payload.DenseSpec(1 << 30), blob=1)
     a.ready = lambda: (large, None)  # type: ignore[method-assign]
     run.until(lambda: run.net.now > 0.3)
-    assert run.recorder.num_rejected == {"bad message": 1}
+    assert run.recorder.account.num_rejected == {"bad message": 1}
     assert run.server.desk._inbox._arriving == {}
 
 
@@ -863,7 +863,7 @@ def test_an_evaluator_that_comes_back_is_asked_again_and_scores_once(make: Make)
     again = Peer(run, "evaluator", peer=b"evaluator again").login(0.4)
     run.finish()
     assert [e.version for e in again.told(Evaluate)] == [0, 1]
-    assert [number for number, _ in run.recorder.scores] == [0, 1]
+    assert [number for number, _ in run.recorder.account.scores] == [0, 1]
 
 
 def test_a_second_answer_to_one_evaluation_is_not_recorded(make: Make) -> None:
@@ -877,7 +877,7 @@ def test_a_second_answer_to_one_evaluation_is_not_recorded(make: Make) -> None:
 
     evaluator.say = twice  # type: ignore[method-assign]
     run.finish()
-    assert [number for number, _ in run.recorder.scores] == [0, 1]
+    assert [number for number, _ in run.recorder.account.scores] == [0, 1]
 
 
 # --- catching up -----------------------------------------------------------------
@@ -1283,7 +1283,7 @@ def test_the_kernels_bytes_are_in_the_account_when_it_knows_every_training_node(
     run.net.grown = lambda: [growths.pop()] if growths else []  # type: ignore[method-assign]
     assert "tcp_up" not in run.finish()["bytes"]  # b's are not known
     run.server.desk.meter.grown(Growth("b", 1, 2, 0, 0.1, True))
-    total = run.recorder.bytes()
+    total = totals.nbytes(run.recorder.account, run.recorder.meter)
     assert (total["tcp_up"], total["tcp_down"], total["tcp_resent_down"]) == (202, 301, 7)
-    ratio = run.recorder.own_over_kernel()
+    ratio = totals.own_over_kernel(total)
     assert ratio == {"up": total["message_up"] / 202, "down": total["message_down"] / 301}

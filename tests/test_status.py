@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import seedwire
-from coordinator import processes
+from coordinator import processes, totals
 from coordinator.live import Live, spans
 from coordinator.log import clock
 from coordinator.state import Training
@@ -71,7 +71,7 @@ def test_the_live_file_says_who_is_waited_for_and_until_when(run: Run) -> None:
     assert said["arrived"] == 2
     assert said["deadline_seconds"] == 10.0
     assert 0 < said["seconds"] < 10
-    assert said["bytes"] == run.recorder.bytes()
+    assert said["bytes"] == totals.nbytes(run.recorder.account, run.recorder.meter)
     assert not list(run.directory.glob("*.part"))
 
 
