@@ -1,7 +1,7 @@
-"""Two ends that say a payload to and fro, to be run in network namespaces.
+"""Two ends that say steps and updates to and fro, to be run in network namespaces.
 
-    python -m tests.talk coordinator ROUNDS BYTES BIND
-    python -m tests.talk node ROUNDS BYTES ENDPOINT
+    python -m tests.talk coordinator ROUNDS PAYLOAD MECHANISM BIND
+    python -m tests.talk node ROUNDS PAYLOAD MECHANISM ENDPOINT
 
 The coordinator prints its endpoint, and at the end what its kernel has counted.
 """
@@ -10,22 +10,54 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
+
+from protocol.keys import Identity, KeyPair
+from protocol.messages import Step, Update, to_coordinator, to_node
+from protocol.payload import Dense, Payload, Run, Scalars, Sparse, encode, spec_of
 from protocol.tcp import Traffic
 from protocol.transport import Dealer, Router
 
 PATIENCE_SECONDS = 30.0
 HELLO = [b"hello"]
+SERVER, NODE = KeyPair.of(b"s" * 32), KeyPair.of(b"n" * 32)
 
 
-def coordinator(rounds: int, nbytes: int, bind: str) -> None:
-    router, traffic, done = Router(bind), Traffic(), 0
+def values(count: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return np.linspace(0.1, 1, count, dtype=np.float32)
+
+
+PAYLOADS: dict[str, Payload] = {
+    "scalar": Scalars((Run(1, 4),), values(4)),
+    "sparse": Sparse(75_000, np.arange(0, 75_000, 16), values(4_688)),
+    "dense": Dense(values(75_000)),
+}
+
+
+class Keys:
+    """Implements ``protocol.transport.Doorkeeper``."""
+
+    secret = SERVER.secret
+
+    def admits(self, key: str, address: str) -> bool:
+        del address
+        return key == NODE.public
+
+    def turned_away(self, reason: str) -> None:
+        raise RuntimeError(reason)
+
+
+def coordinator(rounds: int, payload: Payload, is_secure: bool, bind: str) -> None:
+    step = Step(version=1, round=1, digest=bytes(16), payload=spec_of(payload))
+    say = to_node.pack(step, encode(payload))
+    router, traffic, done = Router(bind, Keys() if is_secure else None), Traffic(), 0
     print(router.endpoint, flush=True)  # noqa: T201
     while done < rounds:
         got = router.recv(PATIENCE_SECONDS)
         if got is not None:
             router.watch(got[0], "node")
             done += got[1] != HELLO
-            router.send(got[0], [bytes(nbytes)] if done < rounds else HELLO)
+            router.send(got[0], say if done < rounds else HELLO)
         for growth in router.grown():
             traffic = traffic.plus(growth)
     got = router.recv(PATIENCE_SECONDS)  # the answer to the last: all has arrived
@@ -35,8 +67,11 @@ def coordinator(rounds: int, nbytes: int, bind: str) -> None:
     router.close()
 
 
-def node(rounds: int, nbytes: int, endpoint: str) -> None:
-    dealer, done = Dealer(endpoint), 0
+def node(rounds: int, payload: Payload, is_secure: bool, endpoint: str) -> None:
+    spec = spec_of(payload)
+    update = Update(round=1, attempt=0, client=1, examples=8, loss=0.5, payload=spec)
+    say = to_coordinator.pack(update, encode(payload))
+    dealer, done = Dealer(endpoint, Identity(NODE, SERVER.public) if is_secure else None), 0
     dealer.send(HELLO)
     while True:
         frames = dealer.recv(PATIENCE_SECONDS)
@@ -49,12 +84,12 @@ def node(rounds: int, nbytes: int, endpoint: str) -> None:
             dealer.reconnect()
             dealer.send(HELLO)
         else:
-            dealer.send([bytes(nbytes)])
+            dealer.send(say)
     dealer.send(HELLO)
     dealer.close()
 
 
 if __name__ == "__main__":
     {"coordinator": coordinator, "node": node}[sys.argv[1]](
-        int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+        int(sys.argv[2]), PAYLOADS[sys.argv[3]], sys.argv[4] == "curve", sys.argv[5]
     )
