@@ -9,7 +9,7 @@ from typing import Any
 import seedwire
 from coordinator import central, journal, server
 from coordinator import run as runs
-from coordinator.events import Event, NodeLost, NodeReady
+from coordinator.events import Event, NodeLost, NodeReady, UpdateArrived
 from fedalgos.method import Contribution
 from tests.faults.actor import Actor, router
 
@@ -20,18 +20,20 @@ def run(address: str, who: str, arguments: list[str]) -> None:
     module: Any = runs  # what it has imported is replaced there
     module.Router = router(actor)
     _announce_commits(actor)
-    _announce_nodes(actor)
+    _announce_events(actor)
     seedwire.app(["coordinator", *arguments])
 
 
-def _announce_nodes(actor: Actor) -> None:
-    """Say "found NAME" and "lost NAME" as the round machine is told."""
+def _announce_events(actor: Actor) -> None:
+    """Say "found NAME", "lost NAME" and "has update", a whole one, as the round machine is told."""
     whole = server.Server.feed
 
     def feed(self: server.Server, event: Event) -> None:
         whole(self, event)
         if isinstance(event, NodeReady | NodeLost):
             actor.at(f"{'found' if isinstance(event, NodeReady) else 'lost'} {event.node}")
+        elif isinstance(event, UpdateArrived):
+            actor.at("has update")
 
     server.Server.feed = feed  # type: ignore[method-assign]
 

@@ -22,6 +22,7 @@ from tests.faults.faults import (
     Fault,
     HalfOpen,
     Hoard,
+    Hold,
     Jump,
     Kill,
     Miscount,
@@ -66,6 +67,8 @@ class Director:
         self.seen: list[Moment] = []
         self._times: Counter[Fault] = Counter()
         self._lock = threading.Lock()
+        self._happened = threading.Condition(self._lock)
+        self._is_open = True
         self._timers: list[threading.Timer] = []
         self._folder = tempfile.mkdtemp(prefix="seedwire-")  # the path of a socket must be short
         self.address = str(Path(self._folder) / "director")
@@ -76,6 +79,9 @@ class Director:
         """Let nobody wait any more."""
         for timer in self._timers:
             timer.cancel()
+        with self._lock:
+            self._is_open = False
+            self._happened.notify_all()
         self._server.shutdown()
         self._server.server_close()
         shutil.rmtree(self._folder)
@@ -89,6 +95,7 @@ class Director:
         """What a process is told at a moment; it waits for that."""
         with self._lock:
             self.seen.append(moment)
+            self._happened.notify_all()
             due = [fault for fault in self.missed if moment.meets(fault)]
             self._times.update(due)
             due = [fault for fault in due if self._times[fault] == fault.nth]
@@ -112,6 +119,12 @@ class Director:
             case Partition(seconds):
                 self._cables.unplug(fault.who)
                 self._later(seconds, lambda: self._cables.plug(fault.who))
+            case Hold(who, phase, times):
+                where = who, phase, moment.round
+                with self._lock:
+                    self._happened.wait_for(
+                        lambda: not self._is_open or self._count(where) >= times
+                    )
             case Slow(bytes_per_second):
                 self._links[fault.who].bytes_per_second = bytes_per_second
             case Truncate() | BitFlip():
@@ -123,6 +136,9 @@ class Director:
             case Hoard(nbytes) | Miscount(nbytes):
                 return {type(fault.act).__name__.lower(): nbytes}
         return {}
+
+    def _count(self, where: tuple[str, str, int]) -> int:
+        return sum((m.who, m.phase, m.round) == where for m in self.seen)
 
     def _later(self, seconds: float, do: Any) -> None:
         timer = threading.Timer(seconds, do)

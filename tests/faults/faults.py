@@ -35,6 +35,15 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """The process stands still until another has been at a phase so often in the same round."""
+
+    who: str
+    phase: str
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
 class Slow:
     """The link carries so much and no more from now on."""
 
@@ -93,6 +102,7 @@ Act = (
     | Cut
     | HalfOpen
     | Partition
+    | Hold
     | Slow
     | Truncate
     | BitFlip
@@ -139,3 +149,11 @@ class Moment:
         """Whether this is where a fault strikes."""
         is_there = (self.who, self.phase) == (fault.who, fault.phase)
         return is_there and fault.round in (None, self.round)
+
+
+# In each of three rounds node-2, half of whose update has left, waits until the coordinator has all
+# others: if they had to wait for it, the run would not end, however busy the machine is.
+HELD = [
+    Fault("node-2", "send chunk", Hold("coordinator", "has update", 4), number, nth=2)
+    for number in (1, 2, 3)
+]
