@@ -256,7 +256,8 @@ def _cpu_ms(process: psutil.Process) -> float:
 
 def idle_bytes_per_second() -> float:
     """Of two nodes that have nothing to do, each, both ways."""
-    from coordinator.desk import Desk, LoggedIn
+    from coordinator.arrivals import LoggedIn
+    from coordinator.desk import Desk
     from coordinator.roster import Roster
     from protocol.experiment import Nodes
     from protocol.messages import Welcome

@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 
 from coordinator import checks, eventlog, oom, rounds
+from coordinator.arrivals import Breach, Delivered, LoggedIn, TooMuch
 from coordinator.central import Central
 from coordinator.cohort import wake_at
-from coordinator.desk import Breach, Delivered, Desk, LoggedIn, TooMuch, Transport
+from coordinator.desk import Desk, Transport
 from coordinator.events import (
     Committed,
     EvaluatorLost,

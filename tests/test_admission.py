@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from coordinator import enrolled
-from coordinator.desk import Desk, LoggedIn
+from coordinator.arrivals import LoggedIn
+from coordinator.desk import Desk
 from coordinator.guard import Guard
 from coordinator.roster import Roster
 from node.admission import Admission

@@ -211,7 +211,7 @@ def test_the_token_of_the_page_is_ours() -> None:
 def test_every_reason_to_turn_somebody_away_is_listed() -> None:
     source = "".join(
         (DOCS.parent / path).read_text()
-        for path in ("coordinator/guard.py", "coordinator/desk.py", "coordinator/enrolled.py")
+        for path in ("coordinator/guard.py", "coordinator/door.py", "coordinator/enrolled.py")
     )
     reasons = re.findall(r'refuse\("([^"]+)"', source)
     reasons += re.findall(r'"((?:\w+) (?:key|token))"(?! if name)', source)

@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator.desk import Arrival, Breach, Desk, LoggedIn
+from coordinator.arrivals import Arrival, Breach, LoggedIn
+from coordinator.desk import Desk
 from coordinator.reconcile import LOOKS, Excess, Reconciler
 from coordinator.roster import Member, Roster
 from protocol.experiment import Nodes

@@ -1081,8 +1081,9 @@ def test_an_old_step_is_not_offered_for_ever(make: Make) -> None:
     Peer(run, "evaluator").login()
     run.finish()
     desk = run.server.desk
-    assert list(desk._offered) == [(4, False, 0)]
-    assert len(desk._outbox._blobs) == len(desk._kinds) == 1
+    offers = desk._offers
+    assert list(offers._blobs) == [(4, False, 0)]
+    assert len(offers._outbox._blobs) == len(offers._steps) == 1
     assert desk._inbox._arriving == {}
 
 
