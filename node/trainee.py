@@ -71,6 +71,12 @@ def load(experiment: Experiment, setup: Setup) -> Trainee:
     Raises:
         SeedwireError: the model or the data is not there or does not fit.
     """
-    from node.transformer import Transformer  # loads torch, which takes seconds and memory
+    from node import data, sources
 
-    return Transformer(experiment, setup)
+    # what is not there is told before torch is loaded, which takes seconds and memory
+    if not experiment.model.id.startswith("random:"):
+        sources.resolve_model(experiment.model.id)
+    shards = data.load(experiment.data, experiment.partition, setup.clients)
+    from node.transformer import Transformer  # loads torch
+
+    return Transformer(experiment, setup, shards)

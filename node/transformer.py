@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from fedalgos.method import Batch
-from node import answers, data, model, task
+from node import answers, model, task
+from node.data import Shards
 from node.engine import Setup
 from node.oracle import TorchOracle
 from node.partition import Indices
@@ -22,15 +23,14 @@ EVALUATION_BATCH = 32
 class Transformer:
     """Implements ``node.trainee.Trainee``."""
 
-    def __init__(self, experiment: Experiment, setup: Setup) -> None:
-        """Load everything; this is the long part.
+    def __init__(self, experiment: Experiment, setup: Setup, shards: Shards) -> None:
+        """Load the model and tokenise; this is the long part.
 
         Raises:
-            SeedwireError: the model or the data is not there or does not fit.
+            SeedwireError: the model is not there or does not fit the data.
         """
         if setup.threads:
             torch.set_num_threads(setup.threads)
-        shards = data.load(experiment.data, experiment.partition, setup.clients)
         self._trained = model.load(
             experiment.model,
             experiment.peft,

@@ -291,6 +291,27 @@ def test_bad_experiment_is_one_clear_line_and_a_documented_code(
     assert len(error.splitlines()) == 1
 
 
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from node.engine import Setup
+from node.worker import Worker
+from protocol import experiment as experiments
+from protocol.errors import SeedwireError
+for override in sys.argv[2:]:
+    try:
+        Worker(experiments.load(Path(sys.argv[1]), [override]), Setup((0,)))
+    except SeedwireError as error:
+        print(error.exit_code, "torch" in sys.modules)
+"""
+
+
+def test_what_is_not_there_is_told_before_torch_is_loaded(experiment: Path, tmp_path: Path) -> None:
+    wrong = ['model.id="./no/such/model"', 'data.id="./gone.csv"', 'data.label="lable"']
+    line = [sys.executable, "-c", WITHOUT_TORCH, str(experiment), *wrong]
+    assert subprocess.check_output(line, cwd=tmp_path, text=True) == "4 False\n5 False\n5 False\n"
+
+
 def test_port_in_use_is_one_clear_line(experiment: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
