@@ -113,6 +113,20 @@ def run_directory(root: Path, name: str) -> Path:
     raise ExperimentError(f"no free name for a run directory in {root}")
 
 
+def claim(directory: Path) -> None:
+    """Make the directory of a run to be, or take one that is there.
+
+    Raises:
+        ExperimentError: it cannot be made, or holds a run.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExperimentError(f"cannot make {directory}: {error.strerror}") from error
+    if (directory / "experiment.toml").exists():
+        raise ExperimentError(f"{directory} holds a run already: --resume it")
+
+
 def secret_of(directory: Path) -> bytes:
     """The run's own secret, in a file that only its owner reads; drawn if there is none."""
     path = directory / "secret"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from deploy import local
+from deploy import local, options
 from deploy.demo import run_demo
 from deploy.process import command_line
 from deploy.sweep import Sweep, parse_over, run_sweep
@@ -19,20 +18,15 @@ def _say(text: str) -> None:
 
 
 def run(
-    experiment: Annotated[Path, typer.Argument(help="The experiment file (TOML).")],
+    experiment: options.ExperimentFile,
     nodes: Annotated[int, typer.Option(min=1, help="How many node processes.")] = 2,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override one value.")
-    ] = None,
-    runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
-    directory: Annotated[
-        Path | None, typer.Option(help="This run's directory, if it is not to be made in --runs.")
-    ] = None,
+    set_: options.Overrides = None,
+    runs: options.Runs = options.RUNS,
+    directory: options.Directory = None,
     threads: Annotated[int, typer.Option(help="CPU threads per node; 0 shares the cores.")] = 0,
 ) -> None:
     """Run an experiment here: a coordinator and N node processes over TCP."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    where = directory or runs / f"{experiment.stem}-{stamp}"
+    where = directory or runs / options.stamped(experiment.stem)
     plan = local.Plan(experiment, nodes, where, tuple(set_ or ()), threads)
     with command_line():
         code = local.run(plan, _say)
@@ -59,7 +53,7 @@ def sweep(
 
     For seeds: --over run.seed=1,2,3.
     """
-    where = directory or Path("runs") / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    where = directory or options.RUNS / options.stamped("sweep")
     plan = Sweep(tuple(experiments), parse_over(over or ()), tuple(set_ or ()), nodes, where)
     with command_line():
         code = run_sweep(plan, _say)
@@ -74,7 +68,7 @@ def demo(
         bool, typer.Option("--all", help="Every method there is, not only four: over half an hour.")
     ] = False,
     nodes: Annotated[int, typer.Option(min=1, help="How many node processes.")] = 4,
-    runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
+    runs: options.Runs = options.RUNS,
 ) -> None:
     """Run methods on one task, one after another, and compare what each truly cost."""
     with command_line():

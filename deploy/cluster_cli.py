@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from deploy import cargo, cluster, nodes, tables
+from deploy import cargo, cluster, nodes, options, tables
 from deploy import check as checking
 from deploy import push as pushing
 from deploy.centre import Plan
@@ -184,15 +183,11 @@ def down(where: Where = INVENTORY, only: Only = None) -> None:
 
 @cluster_app.command()
 def run(
-    experiment: Annotated[Path, typer.Argument(help="The experiment file (TOML).")],
+    experiment: options.ExperimentFile,
     where: Where = INVENTORY,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override one value.")
-    ] = None,
-    runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
-    directory: Annotated[
-        Path | None, typer.Option(help="This run's directory, if it is not to be made in --runs.")
-    ] = None,
+    set_: options.Overrides = None,
+    runs: options.Runs = options.RUNS,
+    directory: options.Directory = None,
     keys: Keys = None,
     insecure: Insecure = False,
     systemd: Systemd = None,
@@ -201,8 +196,7 @@ def run(
     console = Console(stderr=True)
     with command_line():
         inventory = _load(where, systemd)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        place = directory or runs / f"{experiment.stem}-{stamp}"
+        place = directory or runs / options.stamped(experiment.stem)
         plan = Plan(experiment, inventory, place, tuple(set_ or ()), keys, insecure)
         with remotes(inventory.hosts) as hosts:
             with cargo.collected([experiment], set_ or []) as collected:
