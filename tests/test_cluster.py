@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.sshd import inventory, sshd
-from tests.test_run import EXPERIMENT
+from tests.test_run import written
 
 pytestmark = [pytest.mark.net, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -30,9 +30,7 @@ class Site:
     def __init__(self, place: Path, config: Path) -> None:
         self.place, self.config = place, config
         self.keys = place / "keys"
-        rows = [f"it was {'fine' if i % 2 else 'poor'} number {i},{i % 2}" for i in range(64)]
-        (place / "data.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-        (place / "tiny.toml").write_text(EXPERIMENT.format(data=place / "data.csv"))
+        written(place)
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "seedwire", *words]

@@ -24,7 +24,7 @@ from protocol import experiment as experiments
 from protocol.messages import Failed, Ready, Task, Update
 from protocol.payload import Flat, decode
 from tests import test_run
-from tests.test_run import committed, experiment, family, run, started, wait_for
+from tests.test_run import committed, experiment, family, run, started, wait_for, written
 from tests.test_worker import step_to, told
 
 __all__ = ["experiment", "started"]  # fixtures
@@ -32,6 +32,7 @@ __all__ = ["experiment", "started"]  # fixtures
 pytestmark = [pytest.mark.net, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CAUSAL = {"task": "causal", "template": "{prompt}: {text}", "prompt": "text", "text": "answer"}
+PATIENCE_SECONDS = 300.0
 TASK = Task(round=1, client=0, version=0)
 
 
@@ -62,7 +63,7 @@ ALONE = Setup((0, 1), threads=1)
 
 @contextmanager
 def led(experiment: experiments.Experiment, size: int) -> Iterator[tuple[Lead, Ready]]:
-    lead = Lead(experiment, ALONE, Ranks(size, patience_seconds=300.0))
+    lead = Lead(experiment, ALONE, Ranks(size, patience_seconds=PATIENCE_SECONDS))
     try:
         yield lead, told(lead.ready(), Ready)
     finally:
@@ -144,7 +145,7 @@ def test_gradients_of_three_processes_and_the_death_of_one(csv: Path) -> None:
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process of a group loads torch, all at once."""
-    monkeypatch.setattr(test_run, "PATIENCE_SECONDS", 300.0)
+    monkeypatch.setattr(test_run, "PATIENCE_SECONDS", PATIENCE_SECONDS)
 
 
 MEZO = 'method={name="fedmezo", lr=0.05, eps=0.01, steps=3, batch_size=4}'
@@ -172,11 +173,19 @@ def finished(directory: Path) -> dict[str, Any]:
     return summary
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The summary of a run of single processes."""
+    place = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_run, "PATIENCE_SECONDS", PATIENCE_SECONDS)
+        return run(written(place), place / "run", MEZO)
+
+
 @pytest.mark.parametrize("by", ["ranks", "torchrun"])
 def test_a_run_of_a_group_ends_with_the_digest_of_single_processes(
-    experiment: Path, tmp_path: Path, started: Callable[..., Any], by: str
+    experiment: Path, tmp_path: Path, started: Callable[..., Any], alone: dict[str, Any], by: str
 ) -> None:
-    alone = run(experiment, tmp_path / "alone", MEZO)
     endpoint = coordinator(started, experiment, tmp_path / "group", MEZO)
     if by == "ranks":
         process = started([sys.executable, *node(endpoint, "--ranks", "2")])

@@ -53,13 +53,18 @@ evaluate_every = 2
 """
 
 
+def written(place: Path) -> Path:
+    """The experiment and its data, in a directory."""
+    rows = [f"it was {'fine' if i % 2 else 'poor'} number {i},{i % 2}" for i in range(64)]
+    (place / "data.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    path = place / "tiny.toml"
+    path.write_text(EXPERIMENT.format(data=place / "data.csv"))
+    return path
+
+
 @pytest.fixture
 def experiment(tmp_path: Path) -> Path:
-    rows = [f"it was {'fine' if i % 2 else 'poor'} number {i},{i % 2}" for i in range(64)]
-    (tmp_path / "data.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    path = tmp_path / "tiny.toml"
-    path.write_text(EXPERIMENT.format(data=tmp_path / "data.csv"))
-    return path
+    return written(tmp_path)
 
 
 def command(experiment: Path, directory: Path, *overrides: str) -> list[str]:
