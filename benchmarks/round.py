@@ -165,11 +165,12 @@ def be_coordinator(directory: Path, table: dict[str, Any]) -> None:
     from rich.console import Console
 
     from coordinator import run
+    from coordinator.place import Place
     from protocol.transport import Router
 
     module: Any = run  # what it has imported is replaced there
     module.Router = lambda where, *_: Router(where, Keys())
-    place = run.Place("tcp://127.0.0.1:*", directory, starts_evaluator=False)
+    place = Place("tcp://127.0.0.1:*", directory, starts_evaluator=False)
     run.run(experiments.convert(table, "round"), place, Console(quiet=True))
     if "torch" in sys.modules:
         raise RuntimeError("the coordinator has loaded torch")

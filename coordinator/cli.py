@@ -27,6 +27,7 @@ def coordinator(
 ) -> None:
     """Run an experiment with the nodes that log in, and write its results."""
     from coordinator import run  # numpy and zmq: not for a mere --help
+    from coordinator.place import DEFAULT_BIND, Place, claim, new_directory
     from protocol.keys import default_directory
 
     with command_line(lifeline):
@@ -39,10 +40,10 @@ def coordinator(
         assert experiment is not None  # noqa: S101 - else there is an earlier run
         e = experiments.load(experiment, overrides)
         if directory is None:
-            directory = run.run_directory(runs, e.run.name)
+            directory = new_directory(runs, e.run.name)
         else:
-            run.claim(directory)
-        place = run.Place(bind or run.DEFAULT_BIND, directory, evaluator, store)
+            claim(directory)
+        place = Place(bind or DEFAULT_BIND, directory, evaluator, store)
         run.run(e, place, Console())
 
 

@@ -17,7 +17,7 @@ import msgspec
 from coordinator import eventlog, rounds
 from coordinator import events as kinds
 from coordinator.live import spans
-from coordinator.run import policy
+from coordinator.policy import policy
 from coordinator.state import State
 from protocol import experiment as experiments
 from protocol.errors import ExperimentError

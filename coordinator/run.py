@@ -1,14 +1,12 @@
-"""One run: policy from the experiment, socket, evaluation worker, loop, summary."""
+"""One run: socket, evaluation worker, loop, summary."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import secrets
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,14 @@ from coordinator.guard import Guard
 from coordinator.journal import Journal
 from coordinator.limits import Quiet
 from coordinator.live import Live, write_whole
+from coordinator.place import DEFAULT_BIND, Place, secret_of
+from coordinator.policy import checked, policy
 from coordinator.record import RunRecorder
 from coordinator.server import Server
-from coordinator.state import Finished, Policy
+from coordinator.state import Finished
 from coordinator.view import View
-from fedalgos import registry, robust
-from fedalgos.privacy import SECRET_BYTES
-from protocol.errors import ExperimentError, JournalError, RunError
+from fedalgos import registry
+from protocol.errors import JournalError, RunError
 from protocol.experiment import Experiment
 from protocol.notify import Notifier
 from protocol.transport import Router
@@ -35,106 +34,6 @@ from protocol.transport import Router
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.25
-DEFAULT_BIND = "tcp://0.0.0.0:5555"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run listens and leaves its results.
-
-    Attributes:
-        keys: the directory of keys; None does without.
-    """
-
-    bind: str
-    directory: Path
-    starts_evaluator: bool = True
-    keys: Path | None = None
-
-
-def policy(e: Experiment) -> Policy:
-    """The machine's numbers, every default resolved."""
-    cohort = e.rounds.cohort or e.partition.clients
-    target = e.rounds.target or cohort
-    return Policy(
-        clients=e.partition.clients,
-        start_clients=e.nodes.start_clients or e.partition.clients,
-        cohort=cohort,
-        target=target,
-        quorum=e.rounds.quorum or min(target, -(-cohort // 2)),
-        rounds=e.rounds.count,
-        evaluate_every=e.rounds.evaluate_every,
-        deadline_seconds=e.rounds.deadline_seconds,
-        return_seconds=e.nodes.return_seconds,
-        seed=e.run.seed,
-        deadline_mads=e.rounds.deadline_mads if e.rounds.deadline == "adaptive" else None,
-        least_seconds=e.rounds.min_deadline_seconds,
-        budget=e.budget,
-        max_staleness=e.rounds.max_staleness if e.rounds.late == "fold" else 0,
-    )
-
-
-def checked(e: Experiment, keys: Path | None = None) -> registry.AnySettings:
-    """The method's settings, with what is wrong found before anything starts.
-
-    Raises:
-        ExperimentError: a typo, late updates where they mean nothing, a rule that wants more
-            updates than the quorum, or what is not encrypted in a run with keys.
-    """
-    method = registry.settings(e.method)
-    if keys is not None and registry.is_exposed(method):
-        raise ExperimentError(
-            "[method] what the nodes send each other is not encrypted: "
-            "plaintext = true says that it may be so, or all go without keys (--insecure)"
-        )
-    if e.rounds.late == "fold":
-        registry.fold_late(method)
-    if (why := robust.too_few(method.robust, policy(e).quorum)) is not None:
-        raise ExperimentError(f"[method] {why}")
-    return method
-
-
-def run_directory(root: Path, name: str) -> Path:
-    """A new directory ``root/NAME-DATE-TIME``.
-
-    Raises:
-        ExperimentError: it cannot be made.
-    """
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1000):
-            directory = root / (f"{stem}-{attempt}" if attempt else stem)
-            if not directory.exists():
-                directory.mkdir()
-                return directory
-    except OSError as error:
-        raise ExperimentError(f"cannot make a run directory in {root}: {error}") from error
-    raise ExperimentError(f"no free name for a run directory in {root}")
-
-
-def claim(directory: Path) -> None:
-    """Make the directory of a run to be, or take one that is there.
-
-    Raises:
-        ExperimentError: it cannot be made, or holds a run.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExperimentError(f"cannot make {directory}: {error.strerror}") from error
-    if (directory / "experiment.toml").exists():
-        raise ExperimentError(f"{directory} holds a run already: --resume it")
-
-
-def secret_of(directory: Path) -> bytes:
-    """The run's own secret, in a file that only its owner reads; drawn if there is none."""
-    path = directory / "secret"
-    if not path.exists():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(SECRET_BYTES))
-    return path.read_bytes()
 
 
 class Clock:

@@ -42,6 +42,7 @@ from rich.console import Console
 
 from coordinator import enrolled as book
 from coordinator import run as coordinator
+from coordinator.place import Place
 from fedalgos.space import ParamSpace
 from node.engine import Engine, Outcome, Setup
 from node.session import Session
@@ -198,7 +199,7 @@ def serve(directory: Path, has_keys: bool) -> None:
     """A coordinator without an evaluation worker; ends when its standard input does."""
     experiment = experiments.convert(TABLE, "fuzz")
     keys = directory / "keys" if has_keys else None
-    place = coordinator.Place("tcp://127.0.0.1:*", directory, starts_evaluator=False, keys=keys)
+    place = Place("tcp://127.0.0.1:*", directory, starts_evaluator=False, keys=keys)
     threading.Thread(target=_end_with_input, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):  # it says goodbye to its nodes
         coordinator.run(experiment, place, Console(quiet=True))

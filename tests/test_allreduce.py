@@ -15,7 +15,7 @@ import pytest
 
 from coordinator.collective import Collective
 from coordinator.events import Commit, CommitFailed
-from coordinator.run import checked
+from coordinator.policy import checked
 from fedalgos import registry
 from fedalgos.allreduce import FedAvgAllreduce, fedavg_allreduce
 from fedalgos.fedavg import FedAvg, fedavg

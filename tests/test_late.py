@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coordinator import events as kinds
-from coordinator.run import checked
+from coordinator.policy import checked
 from fedalgos import registry
 from fedalgos.method import Assignment, Contribution
 from protocol import experiment as experiments

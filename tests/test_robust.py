@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.run import checked
+from coordinator.policy import checked
 from fedalgos import guard, registry, robust
 from fedalgos.baffle import Baffle
 from fedalgos.decomfl import DeComFL

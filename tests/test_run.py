@@ -19,7 +19,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from coordinator.run import secret_of
+from coordinator.place import secret_of
 from fedalgos.privacy import SECRET_BYTES
 
 pytestmark = [pytest.mark.net, pytest.mark.slow]

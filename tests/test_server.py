@@ -20,8 +20,9 @@ from coordinator.central import Central
 from coordinator.desk import SETTLE_SECONDS
 from coordinator.executor import Settings
 from coordinator.journal import Journal
+from coordinator.policy import policy
 from coordinator.record import RunRecorder
-from coordinator.run import TURN_SECONDS, policy
+from coordinator.run import TURN_SECONDS
 from coordinator.server import Server
 from coordinator.state import Evaluating, Gathering, State
 from fedalgos import registry
