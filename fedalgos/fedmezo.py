@@ -14,6 +14,9 @@ scalars say all, and replaying them gives the very bits that the dense weights w
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -56,108 +59,125 @@ class FedMezo(Settings, frozen=True, kw_only=True, tag="fedmezo"):
         return Common() if self.wire == "weights" else OWN_DIRECTIONS
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What the coordinator and every node know alike: settings, space, and seed of the run."""
+
+    o: FedMezo
+    space: ParamSpace
+    seed: int
+
+    def direction(self, round: int, client: int, step: int) -> int:
+        """The key of z_h, with ``step`` h."""
+        return noise.key("direction", self.seed, round, client, step, 0)
+
+    def rate(self, assignment: Assignment) -> float:
+        """A client's eta_i."""
+        return self.o.lr if assignment.lr is None else assignment.lr
+
+    def distance(self, w: Flat, mean: Flat) -> float:
+        """By tensor, of a client's own end from the mean one."""
+        return rates.distance(self.space, w, mean)
+
+
 def fedmezo(o: FedMezo, space: ParamSpace, seed: int) -> Method[Rates]:
     """Build FedMeZO over a parameter space; ``seed`` is the run's."""
-
-    def key(round: int, client: int, step: int) -> int:
-        return noise.key("direction", seed, round, client, step, 0)
-
-    def plan(s: Rates, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
-        if o.signal == "frozen":
-            return tuple(Assignment(client) for client in cohort)
-        phi = rates.phi(s, o.signal, seed, round, cohort)
-        return tuple(Assignment(c, lr=o.lr * (1 + o.spread * phi[c])) for c in cohort)
-
-    def local(
-        x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
-    ) -> tuple[Payload, float]:
-        client, is_dense = work.assignment.client, o.wire == "weights"
-
-        def directions(h: int) -> tuple[Direction]:
-            return (Direction(key(work.round, client, h), space.ranges()),)
-
-        eta = _rate(o, work.assignment)
-        end = walk(oracle, x, batches, directions, eta, o.eps, to_the_end=is_dense)
-        if is_dense:
-            return Dense(oracle.numpy(end.w).copy()), end.loss
-        return end.payload(client), end.loss
-
-    def accepts(assignment: Assignment, payload: Payload) -> str | None:
-        if o.wire == "weights":
-            return wants_dense(space, (), payload)
-        return wants_scalars(assignment, payload, o.steps)
-
-    def aggregate(
-        s: Rates, x: Flat, round: int, contributions: Iterable[Contribution]
-    ) -> tuple[Rates, Payload]:
-        if o.wire == "weights":
-            return _mean(s, o, space, contributions)
-        got = list(contributions)  # a few scalars each
-        sent = _sent(o, got)
-        diffs = distances(x, paths(round, sent), got) if o.signal == "model-diff" else {}
-        return rates.remember(s, {c.assignment.client: c.loss for c in got}, diffs), sent
-
-    def distances(x: Flat, walks: Sequence[Path], got: Sequence[Contribution]) -> dict[int, float]:
-        """Of each client's own end from where all of them together lead."""
-        new = replay(x, walks)
-        return {
-            c.assignment.client: rates.distance(space, replay(x, (path,)), new)
-            for c, path in zip(got, walks, strict=True)
-        }
-
-    def paths(round: int, step: Scalars) -> list[Path]:
-        out, at = [], 0
-        for run in step.runs:
-            keys = [key(round, run.client, h) for h in range(run.count)]
-            g = step.values[at : at + run.count]
-            out.append(Path(keys, alphas(run.scale, g), run.weight))
-            at += run.count
-        return out
-
-    def apply(x: Flat, round: int, step: Payload) -> Flat:
-        if isinstance(step, Dense):
-            return step.values.copy()
-        assert isinstance(step, Scalars)
-        return replay(x, paths(round, step))
-
+    known, is_dense = Setup(o, space, seed), o.wire == "weights"
     return Method(
         init=lambda x: (Rates(), None),
-        plan=plan,
-        local=local,
-        accepts=accepts,
-        aggregate=aggregate,
-        apply=apply,
-        onto="nothing" if o.wire == "weights" else "previous",
-        origin=lambda x, assignment: x if o.wire == "weights" else None,
+        plan=partial(plan, known),
+        local=partial(local, known),
+        accepts=partial(accepts, known),
+        aggregate=partial(average if is_dense else gather, known),
+        apply=partial(apply, known),
+        onto="nothing" if is_dense else "previous",
+        origin=lambda x, assignment: x if is_dense else None,
     )
 
 
-def _rate(o: FedMezo, assignment: Assignment) -> float:
-    return o.lr if assignment.lr is None else assignment.lr
+def plan(f: Setup, s: Rates, round: int, cohort: Sequence[int]) -> tuple[Assignment, ...]:
+    """Every client's rate, by its signal."""
+    if f.o.signal == "frozen":
+        return tuple(Assignment(client) for client in cohort)
+    phi = rates.phi(s, f.o.signal, f.seed, round, cohort)
+    return tuple(Assignment(c, lr=f.o.lr * (1 + f.o.spread * phi[c])) for c in cohort)
 
 
-def _mean(
-    s: Rates, o: FedMezo, space: ParamSpace, contributions: Iterable[Contribution]
+def local(
+    f: Setup, x: Flat, oracle: Oracle, batches: Iterable[Batch], work: Work
+) -> tuple[Payload, float]:
+    """The walk; its scalars, or where it ends."""
+    client, is_dense = work.assignment.client, f.o.wire == "weights"
+
+    def directions(h: int) -> tuple[Direction]:
+        return (Direction(f.direction(work.round, client, h), f.space.ranges()),)
+
+    eta = f.rate(work.assignment)
+    end = walk(oracle, x, batches, directions, eta, f.o.eps, to_the_end=is_dense)
+    if is_dense:
+        return Dense(oracle.numpy(end.w).copy()), end.loss
+    return end.payload(client), end.loss
+
+
+def accepts(f: Setup, assignment: Assignment, payload: Payload) -> str | None:
+    """Why a payload is no answer, or None."""
+    if f.o.wire == "weights":
+        return wants_dense(f.space, (), payload)
+    return wants_scalars(assignment, payload, f.o.steps)
+
+
+def gather(
+    f: Setup, s: Rates, x: Flat, round: int, contributions: Iterable[Contribution]
+) -> tuple[Rates, Payload]:
+    """All clients' scalars; rate and weight travel with them."""
+    got = list(contributions)  # a few scalars each
+    runs = (
+        Run(c.assignment.client, len(c.payload.values), f.rate(c.assignment), c.examples)
+        for c in got
+    )
+    step = Scalars(tuple(runs), np.concatenate([c.payload.values for c in got]))
+    diffs: dict[int, float] = {}
+    if f.o.signal == "model-diff":
+        walks = paths(f, round, step)
+        new = replay(x, walks)
+        ends = (replay(x, (path,)) for path in walks)
+        diffs = {c.assignment.client: f.distance(w, new) for c, w in zip(got, ends, strict=True)}
+    return rates.remember(s, {c.assignment.client: c.loss for c in got}, diffs), step
+
+
+def average(
+    f: Setup, s: Rates, x: Flat, round: int, contributions: Iterable[Contribution]
 ) -> tuple[Rates, Payload]:
     """The clients' weights, averaged; all of them at once only where they are compared."""
+    del x, round
     losses: dict[int, float] = {}
     noted = _noting(contributions, losses)
-    if o.signal != "model-diff":
-        step = Dense(mean_of(noted, space.size).astype(np.float32))
+    if f.o.signal != "model-diff":
+        step = Dense(mean_of(noted, f.space.size).astype(np.float32))
         return rates.remember(s, losses, {}), step
     got = list(noted)
-    new = mean_of(got, space.size).astype(np.float32)
-    diffs = {c.assignment.client: rates.distance(space, c.payload.values, new) for c in got}
+    new = mean_of(got, f.space.size).astype(np.float32)
+    diffs = {c.assignment.client: f.distance(c.payload.values, new) for c in got}
     return rates.remember(s, losses, diffs), Dense(new)
 
 
-def _sent(o: FedMezo, got: Sequence[Contribution]) -> Scalars:
-    """All clients' scalars; rate and weight travel with the round."""
-    runs = (
-        Run(c.assignment.client, len(c.payload.values), _rate(o, c.assignment), c.examples)
-        for c in got
-    )
-    return Scalars(tuple(runs), np.concatenate([c.payload.values for c in got]))
+def apply(f: Setup, x: Flat, round: int, step: Payload) -> Flat:
+    """Where the clients' walks lead on average."""
+    if isinstance(step, Dense):
+        return step.values.copy()
+    assert isinstance(step, Scalars)
+    return replay(x, paths(f, round, step))
+
+
+def paths(f: Setup, round: int, step: Scalars) -> list[Path]:
+    """The clients' walks."""
+    starts = accumulate((run.count for run in step.runs), initial=0)
+    found = []
+    for run, at in zip(step.runs, starts, strict=False):
+        keys = [f.direction(round, run.client, h) for h in range(run.count)]
+        g = step.values[at : at + run.count]
+        found.append(Path(keys, alphas(run.scale, g), run.weight))
+    return found
 
 
 def _noting(
