@@ -118,6 +118,9 @@ class Nothing:
         del client
         return rows
 
+    def deal(self, mesh: Any) -> None:
+        raise NotImplementedError
+
     def probe(self, batch_size: int) -> None:
         """There is nothing to infer."""
 

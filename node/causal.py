@@ -89,7 +89,7 @@ class CausalTask:
         total: torch.Tensor = self._model(**batch.inputs, scored=scored)
         return total / batch.weight
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, batch: Batch) -> tuple[float, int, int]:
         """Sum of the losses, how many tokens are right, and how many are scored."""
         loss, right = self._model(**batch.inputs, scored=_scored(batch, chunked.loss_and_right))

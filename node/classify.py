@@ -85,7 +85,7 @@ class TextTask:
         """Mean cross entropy, fp32."""
         return functional.cross_entropy(self.logits(batch), batch.labels)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, batch: Batch) -> tuple[float, int, int]:
         """Sum of the losses, how many are right, and how many there are."""
         scores = self.logits(batch)

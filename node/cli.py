@@ -35,6 +35,7 @@ def node(
     device: options.Device = "cpu",
     threads: options.Threads = 0,
     ranks: options.NumRanks = 1,
+    fsdp: options.Fsdp = False,
     rank_patience: options.RankPatience = 120.0,
     give_up: options.GiveUp = 0.0,
     evaluate: options.Evaluate = False,
@@ -55,7 +56,7 @@ def node(
     from protocol import keys as stores
 
     _prepare_process()
-    group = options.parse_ranks(ranks, rank_patience, evaluate)
+    group = options.parse_ranks(ranks, rank_patience, evaluate, fsdp)
     if group is not None and group.rank:  # torchrun starts them all by one command line
         _follow(group)
         return

@@ -24,12 +24,14 @@ class Ranks:
         rank: of this one.
         patience_seconds: how long one may keep the others waiting, at most a mini-batch.
         is_launched: torchrun started them all; else this process starts the others.
+        fsdp: the model's frozen weights are dealt among them.
     """
 
     size: int
     patience_seconds: float = 120.0
     rank: int = 0
     is_launched: bool = False
+    fsdp: bool = False
 
 
 @dataclass(frozen=True)

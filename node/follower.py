@@ -15,12 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from node import orders
-from node.engine import Ranks, Setup
+from node.engine import Outcome, Ranks, Setup
 from node.ranks import (
     POLL_SECONDS,
     GroupError,
@@ -74,14 +74,13 @@ def serve(sheet: Sheet, place: Place) -> None:
         # no handler of Python's runs while gloo waits; and there is nothing to leave in order
         signal.signal(number, signal.SIG_DFL)
     device = device_of(sheet.device, place.local_rank)
-    setup = Setup(
-        sheet.clients, device=device, threads=sheet.threads, run=sheet.run, limits=sheet.limits
-    )
+    ranks = Ranks(place.size, sheet.patience_seconds, place.rank, fsdp=sheet.fsdp)
+    setup = Setup(sheet.clients, device=device, threads=sheet.threads, run=sheet.run)
+    setup = replace(setup, limits=sheet.limits, ranks=ranks)
     experiment = experiments.convert(sheet.experiment, "experiment from rank 0")
     worker = Worker(experiment, setup)
-    ready = worker.ready()
     try:
-        group = _met(worker, place, device, sheet.patience_seconds)
+        group, ready = _met(worker, place, device, ranks)
         log.info("loaded; follows rank 0")
         while (order := _next(group)) is not None:
             message, data, memory = order
@@ -106,15 +105,14 @@ def _next(group: Group) -> orders.Order | None:
     return None if isinstance(order[0], Bye) else order
 
 
-def _met(worker: Worker, place: Place, device: str, patience_seconds: float) -> Group:
+def _met(worker: Worker, place: Place, device: str, ranks: Ranks) -> tuple[Group, Outcome]:
     from node.meeting import Meeting, share  # loads torch, after the worker has seen itself bare
 
     meeting = Meeting(place.meet(), place.rank, place.size)
     meeting.come(worker, device)
     meeting.wait()
-    group = meeting.group(patience_seconds, place.interface)
-    share(worker, group)
-    return group
+    group = meeting.group(ranks.patience_seconds, place.interface, deals=ranks.fsdp)
+    return group, share(worker, group)
 
 
 def launched(group: Ranks) -> None:

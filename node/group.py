@@ -41,7 +41,10 @@ class Group:
 
     Attributes:
         is_broken: a rank is gone; everything raises ``GroupError`` from then on.
+        mesh: of the ranks, where the model is dealt among them.
     """
+
+    mesh: Any = None
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class Group:
         limit = timedelta(seconds=patience_seconds)
         self._gloo: Any = None
         self._nccl: Any = None
-        with self._noticing():
+        with self.noticing():
             self._gloo = _gloo(store, rank, size, limit, interface)
             if has_gpus:
                 self._nccl = _nccl(store, rank, size, limit)
@@ -85,7 +88,7 @@ class Group:
         failed = [rank for rank, row in enumerate(rows) if row[0] == FAILED]
         if failed:
             self._has_left = True
-            reason = self._told(failed[0], "" if error is None else _said(error))
+            reason = self._told(failed[0], "" if error is None else said(error))
             raise error or RankError(f"rank {failed[0]}: {reason}")
         if any(row[0] != kind for row in rows):
             self.is_broken = True
@@ -100,7 +103,7 @@ class Group:
         Both libraries add in an order that the number of ranks and the length alone
         decide, and hand round what one rank has added up.
         """
-        with self._noticing():
+        with self.noticing():
             if self._nccl is not None and x.is_cuda:
                 self._nccl.allreduce([x]).wait()
                 return
@@ -126,7 +129,7 @@ class Group:
             GroupError: a rank is gone.
         """
         self._has_left = False
-        with self._noticing():
+        with self.noticing():
             self._cast(torch.tensor([len(frames)]))
             self._cast(torch.tensor([-1 if f is None else len(f) for f in frames]))
             for frame in frames:
@@ -141,7 +144,7 @@ class Group:
             GroupError: it is gone, or has not sent anything for too long.
         """
         self._has_left = False
-        with self._noticing():
+        with self.noticing():
             count, frames = torch.zeros(1, dtype=torch.int64), []
             self._cast(count)
             sizes = torch.zeros(int(count), dtype=torch.int64)
@@ -162,18 +165,19 @@ class Group:
         record = torch.zeros(length, dtype=torch.float64)
         record[: len(mine)] = torch.tensor(mine, dtype=torch.float64)
         rows = [torch.empty_like(record) for _ in range(self.size)]
-        with self._noticing():
+        with self.noticing():
             self._gloo.allgather([rows], [record]).wait()
         return [row.tolist() for row in rows]
 
     def _told(self, by: int, text: str) -> str:
         raw = text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
         buffer = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        with self._noticing():
+        with self.noticing():
             self._cast(buffer, by)
         return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
 
-    def _noticing(self) -> _Noticing:
+    def noticing(self) -> _Noticing:
+        """What talks to other ranks: its errors are ``GroupError``, and end the group."""
         if self.is_broken:
             raise GroupError("the group is broken")
         return _Noticing(self)
@@ -189,7 +193,7 @@ class _Noticing:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             self._group.is_broken = True
             raise GroupError(f"a rank is gone or silent: {_plain(error)}") from error
 
@@ -198,13 +202,16 @@ def gathered(group: Group, compute: Callable[[], Sequence[float]]) -> list[float
     """What the ranks computed, rank after rank; a fault on any of them is one on all."""
     try:
         mine = compute()
+    except (GroupError, RankError):
+        raise  # the others know
     except Exception as error:
         group.exchange([], error)  # raises it
         raise
     return [value for row in group.exchange(mine) for value in row]
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """One line of an error, for other ranks and for people."""
     if isinstance(error, RankError):
         return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0]

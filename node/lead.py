@@ -64,7 +64,7 @@ class Lead:
             setup = replace(setup, threads=max(1, (os.cpu_count() or 1) // ranks.size))
         self._ranks = ranks
         self._group: Any = None
-        self._is_lost = False
+        self._is_lost, self._is_dealt = False, False
         self._lock = threading.Lock()  # one job at a time; a beat is one
         self._is_closed = threading.Event()
         self._sheet = Sheet(
@@ -75,6 +75,7 @@ class Lead:
             run=setup.run,
             patience_seconds=ranks.patience_seconds,
             limits=setup.limits,
+            fsdp=ranks.fsdp,
         )
         self._launch = self._start()  # they load while we do
         try:
@@ -83,7 +84,7 @@ class Lead:
         except BaseException as error:
             self._launch.close()
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
-                why = "ranks share a task's work, not the model; a smaller model.dtype may do"
+                why = "a smaller model.dtype may do, or --fsdp, which deals the model among ranks"
                 raise ModelError(f"{experiment.model.id} does not fit one device: {why}") from error
             raise
 
@@ -93,14 +94,13 @@ class Lead:
         Raises:
             RunError: one of them could not load.
         """
-        outcome = self._worker.ready()
         try:
-            rows = self._form(outcome)
+            outcome = self._form()
         except GroupError as error:
             self._launch.close()
             raise RunError(f"the node's group of {self._ranks.size} processes: {error}") from error
         threading.Thread(target=self._beat, daemon=True).start()
-        return orders.with_others(outcome, rows[1:])
+        return outcome
 
     def statement(self) -> Ready:
         return self._worker.statement()
@@ -139,7 +139,7 @@ class Lead:
     def _task(self, task: Task, tell: Tell) -> Outcome | None:
         try:
             if self._group is None:
-                self._form(None)
+                self._form()
             orders.send(self._group, task, memory=self._worker.memory(task))
         except GroupError as error:
             where = {"round": task.round, "attempt": task.attempt, "client": task.client}
@@ -196,8 +196,8 @@ class Lead:
             return Joined(self._sheet)
         return Started(self._sheet, self._ranks.size)
 
-    def _form(self, ready: Outcome | None) -> list[list[float]]:
-        """Wait until all have loaded, and give them the parameters; their memory peaks.
+    def _form(self) -> Outcome:
+        """Wait until all have loaded, and give them the parameters; what all of them loaded.
 
         Raises:
             GroupError: one has ended, or trains other tensors.
@@ -207,6 +207,9 @@ class Lead:
 
         if self._is_lost:
             raise RunError("a rank of the node's group is gone: torchrun has to start it again")
+        if self._is_dealt:
+            self._worker.load()  # what it has is a part, and the others' are gone
+        self._is_dealt = self._ranks.fsdp
         meeting = Meeting(self._launch.store(), 0, self._ranks.size)
         meeting.come(self._worker, self._device)
         while not meeting.is_complete():
@@ -214,9 +217,10 @@ class Lead:
                 raise GroupError(f"{ended} while it was loading")
             time.sleep(POLL_SECONDS)
         meeting.open()
-        self._group = meeting.group(self._ranks.patience_seconds, self._launch.interface)
-        share(self._worker, self._group)
-        return self._bring(ready)
+        patience, interface = self._ranks.patience_seconds, self._launch.interface
+        self._group = meeting.group(patience, interface, deals=self._ranks.fsdp)
+        ready = share(self._worker, self._group)
+        return orders.with_others(ready, self._bring(ready)[1:])
 
     def _part(self, error: object) -> str:
         """Give a broken group up, start the ranks anew; why it broke.

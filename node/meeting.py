@@ -6,6 +6,7 @@ import platform
 import time
 from typing import Any
 
+from node.engine import Outcome
 from node.group import Group
 from node.ranks import POLL_SECONDS, GroupError
 from node.shared import SharedOracle
@@ -25,6 +26,7 @@ class Meeting:
 
     def come(self, worker: Worker, device: str) -> None:
         """Say what was loaded, and where."""
+        self._device = device
         about = f"{worker.space.digest.hex()} {platform.node()} {device}"
         self._store.set(f"about/{self._rank}", about)
 
@@ -40,11 +42,11 @@ class Meeting:
         while not self._store.check(["open"]):
             time.sleep(POLL_SECONDS)
 
-    def group(self, patience_seconds: float, interface: str) -> Group:
-        """Connect to all others.
+    def group(self, patience_seconds: float, interface: str, *, deals: bool = False) -> Group:
+        """Connect to all others, and with ``deals`` for FSDP too.
 
         Raises:
-            GroupError: a rank is gone, or trains other tensors than rank 0.
+            GroupError: a rank is gone, trains other tensors than rank 0, or lacks a GPU.
         """
         abouts = [self._store.get(f"about/{rank}").decode().split() for rank in range(self._size)]
         for rank, (space, *_) in enumerate(abouts):
@@ -53,16 +55,26 @@ class Meeting:
                 raise GroupError(f"rank {rank} trains other tensors than rank 0: {why}")
         places = {(host, device) for _, host, device in abouts}
         has_gpus = all("cuda" in device for _, device in places) and len(places) == self._size
-        return Group(
-            self._store,
-            self._rank,
-            self._size,
-            patience_seconds,
-            interface=interface,
-            has_gpus=has_gpus,
-        )
+        place = (self._store, self._rank, self._size)
+        group = Group(*place, patience_seconds, interface=interface, has_gpus=has_gpus)
+        if deals and not has_gpus and "cuda" in self._device:
+            raise GroupError("--fsdp on CUDA needs a GPU for each rank")
+        if deals:
+            from node import fsdp  # few need it, and it takes a while
+
+            with group.noticing():
+                group.mesh = fsdp.mesh(*place, self._device, patience_seconds, interface)
+        return group
 
 
-def share(worker: Worker, group: Group) -> None:
-    """From now on the worker's local runs are the whole group's."""
-    worker.oracle = SharedOracle(worker.trainee.oracle, group, worker.micro_batch)
+def share(worker: Worker, group: Group) -> Outcome:
+    """From now on the worker's local runs are the whole group's; what it has loaded."""
+    kind = SharedOracle
+    if group.mesh is not None:
+        from node import fsdp
+
+        kind = fsdp.DealtOracle
+        worker.trainee.deal(group.mesh)
+    worker.oracle = kind(worker.trainee.oracle, group, worker.micro_batch)
+    with group.noticing():  # a dealt model infers on all ranks or none
+        return worker.ready()

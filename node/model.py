@@ -64,11 +64,19 @@ class TrainedModel:
 
 
 def load(
-    model: Model, peft: Peft, data: Data, num_classes: int, *, device: str, seed: int
+    model: Model,
+    peft: Peft,
+    data: Data,
+    num_classes: int,
+    *,
+    device: str,
+    seed: int,
+    deals: bool = False,
 ) -> TrainedModel:
     """Load a model for a task and choose what is trained.
 
     With ``full`` nothing is frozen, and the model is fp32 even if ``model.dtype`` is bf16.
+    What ``deals`` will share out among ranks is not yet on the device.
 
     Raises:
         ModelError: the model is not there, is not of the task's kind, or lacks the
@@ -89,7 +97,12 @@ def load(
         whole = adapters.choose(model.id, base, peft, head, seed)
     whole.eval()
     _train_in_fp32(whole)
-    whole.to(device)
+    if deals:
+        from node import fsdp  # few need it, and it takes a while
+
+        fsdp.place(whole, device)
+    else:
+        whole.to(device)
     by_name = {name: p for name, p in whole.named_parameters() if p.requires_grad}
     units = {name: _unit(name, peft.kind) for name in by_name}
     names = _in_units(units)

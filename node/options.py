@@ -46,6 +46,9 @@ Threads = Annotated[int, typer.Option(help="CPU threads for torch; 0 leaves it t
 NumRanks = Annotated[
     int, typer.Option(min=1, help="Processes that share each task's work; not with torchrun.")
 ]
+Fsdp = Annotated[
+    bool, typer.Option("--fsdp", help="Deal the model's frozen weights among the ranks.")
+]
 RankPatience = Annotated[
     float, typer.Option(help="Seconds that one of them may keep the others waiting.")
 ]
@@ -100,7 +103,9 @@ def parse_limits(memory: str, nbytes: str, seconds: float) -> Limits | None:
     return None if said == Limits() else said
 
 
-def parse_ranks(number: int, patience_seconds: float, evaluates: bool) -> Ranks | None:
+def parse_ranks(
+    number: int, patience_seconds: float, evaluates: bool, fsdp: bool = False
+) -> Ranks | None:
     """The group of processes that a node is: ours to start, or torchrun's; None for one alone."""
     from node import ranks
     from node.engine import Ranks
@@ -109,13 +114,15 @@ def parse_ranks(number: int, patience_seconds: float, evaluates: bool) -> Ranks 
         raise typer.BadParameter(f"--rank-patience {patience_seconds}: want 1 to 10^6")
     launched = ranks.launched()
     if launched is None and number == 1:
+        if fsdp:
+            raise typer.BadParameter("--fsdp: it takes ranks to deal a model: --ranks, or torchrun")
         return None
     if launched is not None and number > 1:
         raise typer.BadParameter("--ranks: torchrun has started the ranks already")
     if evaluates:
         raise typer.BadParameter("--evaluate: an evaluator is one process, without ranks")
     rank, size = launched or (0, number)
-    return Ranks(size, patience_seconds, rank, is_launched=launched is not None)
+    return Ranks(size, patience_seconds, rank, is_launched=launched is not None, fsdp=fsdp)
 
 
 def parse_size(option: str, text: str) -> int:

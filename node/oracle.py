@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 
@@ -49,6 +50,13 @@ class TorchOracle:
         if self._compute.checkpointing:
             checkpointing.enable(trained.model)
         self._shifter = Shifter(trained.model, self._offsets, task.label_rows)
+
+    def deal(self, mesh: Any) -> None:
+        """Leave each rank of a group its part of the frozen weights."""
+        from node import fsdp  # few need it, and it takes a while
+
+        self._forward  # noqa: B018  # looks at whole weights, for the last time
+        fsdp.deal(self._model, mesh)
 
     @cached_property
     def _forward(self) -> Forward:

@@ -43,7 +43,7 @@ class Sheet(msgspec.Struct, frozen=True):
         clients: whose data.
         device, threads, limits: as of ``node.engine.Setup``, for each rank.
         run: the id of the run.
-        patience_seconds: how long one rank may keep the others waiting.
+        patience_seconds, fsdp: as of ``node.engine.Ranks``.
     """
 
     experiment: dict[str, Any]
@@ -53,6 +53,7 @@ class Sheet(msgspec.Struct, frozen=True):
     run: str
     patience_seconds: float
     limits: Limits | None = None
+    fsdp: bool = False
 
 
 class Launch(Protocol):

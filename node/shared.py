@@ -94,23 +94,27 @@ class SharedOracle:
         return _mean(found[:, 0, 0].tolist(), parts), slopes
 
     def grad(self, x: Vector, batch: Batch, ranges: Ranges | None = None) -> tuple[float, Vector]:
-        start, stop = span(len(batch), self._group)
         gradient = None
 
         def compute() -> list[float]:
             nonlocal gradient
-            if start == stop:  # more ranks than rows
-                gradient = self._inner.array(np.zeros(len(x), np.float32))
-                return [0.0]
-            part = batch.rows(start, stop)
-            share = part.weight / batch.weight
-            loss, gradient = self._inner.grad(x, part, ranges)
-            gradient *= share
-            return [loss * share]
+            loss, gradient = self._own_grad(x, batch, ranges)
+            return [loss]
 
         loss = sum(gathered(self._group, compute))
         self._add_up_(torch.as_tensor(gradient), ranges)  # the same memory, of numpy too
         return loss, gradient
+
+    def _own_grad(self, x: Vector, batch: Batch, ranges: Ranges | None) -> tuple[float, Vector]:
+        """Loss and gradient of this rank's rows, times what they count of the whole."""
+        start, stop = span(len(batch), self._group)
+        if start == stop:  # more ranks than rows
+            return 0.0, self._inner.array(np.zeros(len(x), np.float32))
+        part = batch.rows(start, stop)
+        share = part.weight / batch.weight
+        loss, gradient = self._inner.grad(x, part, ranges)
+        gradient *= share
+        return loss * share, gradient
 
     def _add_up_(self, gradient: torch.Tensor, ranges: Ranges | None) -> None:
         """Over the ranks, on the ranges: elsewhere all have zeros."""

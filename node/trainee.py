@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedalgos.method import Batch, Oracle
 from node.partition import Indices
@@ -50,6 +50,10 @@ class Trainee(Protocol):
 
     def batch(self, client: int, rows: Indices) -> Batch:
         """These rows of a client's training data."""
+        ...
+
+    def deal(self, mesh: Any) -> None:
+        """Leave each rank of a group its part of the frozen weights."""
         ...
 
     def probe(self, batch_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class Transformer:
             len(shards.classes),
             device=setup.device,
             seed=experiment.run.seed,
+            deals=setup.ranks is not None and setup.ranks.fsdp,
         )
         self._data = experiment.data
         self._task = task.build(self._trained, experiment.data, shards.classes)
@@ -56,6 +58,9 @@ class Transformer:
 
     def batch(self, client: int, rows: Indices) -> Batch:
         return self._task.batch(self._train[client], rows)
+
+    def deal(self, mesh: Any) -> None:
+        self.oracle.deal(mesh)
 
     def probe(self, batch_size: int) -> None:
         rows = range(min(batch_size, len(self._test)))

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from fedalgos import registry
-from fedalgos.method import Assignment, Contribution, Memory, Work
+from fedalgos.method import Assignment, Contribution, Memory, Oracle, Work
 from fedalgos.space import ParamSpace, digest
 from node import batches, energy, trainee
 from node.collective import Averaging, CollectiveError
@@ -74,16 +74,14 @@ class Worker:
             kernels.use_threads(setup.threads)
         if not kernels.has_compiled():
             log.info("noise is drawn by the reference; `pip install numba` is ten times faster")
-        self._experiment, self._setup = experiment, setup
+        self._experiment, self._setup, self._load = experiment, setup, load
         self._phases = Phases(setup.device, energy.find(setup.energy, device=setup.device))
         self.settings = registry.settings(experiment.method)
         with self._phases("bare"):  # the process before there is a model in it
             pass
-        with self._phases("load"):
-            self.trainee = load(experiment, setup)  # the long part
+        self.load()
         self.space = ParamSpace.of(self.trainee.infos)
         self.method = registry.build(self.settings, self.space, experiment.run.seed)
-        self.oracle = self.trainee.oracle  # a group puts one of its own here
         self.micro_batch = experiment.compute.micro_batch
         self._memories: dict[int, History] = dict.fromkeys(setup.clients, ())
         self.x: Flat = self.trainee.initial()
@@ -97,6 +95,12 @@ class Worker:
         if setup.state is not None and not setup.evaluates:
             self._store = Store(setup.state, setup.run, self.space.digest)
             self._take_up(self._store)
+
+    def load(self) -> None:
+        """Load model and data, the long part; again where what was loaded is of no more use."""
+        with self._phases("load"):
+            self.trainee = self._load(self._experiment, self._setup)
+        self.oracle: Oracle = self.trainee.oracle  # a group puts one of its own here
 
     def _take_up(self, store: Store) -> None:
         """Go on from what an earlier process of this node kept."""

@@ -244,4 +244,5 @@ def test_a_node_says_in_one_line_what_it_cannot_be() -> None:
     launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     assert "an evaluator is one process" in fails("--ranks", "2", "--evaluate")
     assert "torchrun has started the ranks" in fails("--ranks", "2", **launched)
+    assert "it takes ranks to deal a model" in fails("--fsdp")
     assert "want 1 to 10^6" in fails("--rank-patience", "0")

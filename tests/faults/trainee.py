@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,6 +81,9 @@ class Tiny:
         self._actor.at("train")
         places = np.arange(self._size) % 7 + client + 1
         return places + float(np.mean(rows)) / EXAMPLES
+
+    def deal(self, mesh: Any) -> None:
+        raise NotImplementedError
 
     def probe(self, batch_size: int) -> None:
         del batch_size
