@@ -20,10 +20,11 @@ import psutil
 
 from benchmarks.harness import Metric, alternate, progress, report
 from protocol.blobs import CHUNK_BYTES, WINDOW
+from protocol.dealer import Dealer
 from protocol.keys import Identity, KeyPair
 from protocol.messages import Chunk, Pull, Step, Task, Update, to_coordinator, to_node
 from protocol.payload import Run, Scalars, encode, spec_of
-from protocol.transport import Dealer, Router
+from protocol.router import Router
 from protocol.wire import Frame, Peer
 
 DENSE_BYTES, SCALAR_ROUNDS, DENSE_ROUNDS = 4_800_000, 400, 15
@@ -32,7 +33,7 @@ WITHIN_SECONDS = 60.0
 
 
 class Keys:
-    """Implements ``protocol.transport.Doorkeeper``."""
+    """Implements ``protocol.router.Doorkeeper``."""
 
     secret = SERVER.secret
 

@@ -57,7 +57,7 @@ WHOLE = TABLE | {
 
 @dataclass(frozen=True)
 class Keys:
-    """Everybody's, drawn once; implements ``protocol.transport.Doorkeeper``."""
+    """Everybody's, drawn once; implements ``protocol.router.Doorkeeper``."""
 
     secret: bytes = SECRETS["coordinator"]
 
@@ -141,8 +141,8 @@ def be_node(endpoint: str, name: str, size: int) -> None:
     """``seedwire node`` with a vector for a model."""
     from node import engine, session, worker
     from node.engine import Setup
+    from protocol.dealer import Dealer
     from protocol.messages import TensorInfo
-    from protocol.transport import Dealer
 
     identity = Identity(KeyPair.of(SECRETS[name]), KeyPair.of(SECRETS["coordinator"]).public)
     module: Any = session  # what it has imported is replaced there
@@ -169,7 +169,7 @@ def be_coordinator(directory: Path, table: dict[str, Any]) -> None:
 
     from coordinator import run
     from coordinator.place import Place
-    from protocol.transport import Router
+    from protocol.router import Router
 
     module: Any = run  # what it has imported is replaced there
     module.Router = lambda where, *_: Router(where, Keys())
@@ -265,7 +265,7 @@ def idle_bytes_per_second() -> float:
     from coordinator.roster import Roster
     from protocol.experiment import Nodes
     from protocol.messages import Welcome
-    from protocol.transport import Router
+    from protocol.router import Router
 
     router = Router("tcp://127.0.0.1:*", Keys())
     roster = Roster(NODES, metadata.version("seedwire"))

@@ -26,7 +26,7 @@ LOG_SECONDS = 1.0  # between two lines of one reason: a flood of strangers fills
 
 
 class Guard:
-    """Implements ``protocol.transport.Doorkeeper``.
+    """Implements ``protocol.router.Doorkeeper``.
 
     Args:
         directory: where the keys are; None does without (``--insecure``).

@@ -29,7 +29,7 @@ from fedalgos import registry
 from protocol.errors import JournalError, RunError
 from protocol.experiment import Experiment
 from protocol.notify import Notifier
-from protocol.transport import Router
+from protocol.router import Router
 
 log = logging.getLogger(__name__)
 

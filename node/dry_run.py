@@ -25,6 +25,7 @@ from node.machine import Machine
 from node.session import Session  # noqa: F401 - what a node holds: it is to be in the figure
 from node.start import Start, mending
 from protocol import keys
+from protocol.dealer import Dealer
 from protocol.errors import (
     ExperimentError,
     KeyRefusedError,
@@ -36,7 +37,6 @@ from protocol.errors import (
 from protocol.keys import Identity
 from protocol.messages import Beat, Limits, Refuse, read_refusal, to_node
 from protocol.messages import to_coordinator as outward
-from protocol.transport import Dealer
 from protocol.wire import VersionError
 
 ANSWER_SECONDS = 5.0

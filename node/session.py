@@ -24,6 +24,7 @@ from node.machine import Machine
 from node.uploads import Uploads
 from protocol import experiment as experiments
 from protocol.blobs import INLINE_BYTES, Inbox, Outbox
+from protocol.dealer import Dealer
 from protocol.errors import NetworkError, RefusedError
 from protocol.experiment import Nodes
 from protocol.keys import Identity
@@ -53,7 +54,6 @@ from protocol.messages import (
 from protocol.messages import to_coordinator as outward
 from protocol.noise import STREAM
 from protocol.notify import Notifier
-from protocol.transport import Dealer
 from protocol.wire import MAX_ARRAY, Frame, RemoteProtocolError, VersionError
 
 log = logging.getLogger(__name__)

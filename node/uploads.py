@@ -16,7 +16,7 @@ SHARE = 0.05  # of what an upload has taken so far, between two looks at it
 
 
 class Line(Protocol):
-    """What is needed of ``protocol.transport.Dealer``."""
+    """What is needed of ``protocol.dealer.Dealer``."""
 
     sent_bytes: int
 

@@ -72,7 +72,7 @@ from protocol.messages import (
     to_node,
 )
 from protocol.noise import STREAM
-from protocol.transport import Router
+from protocol.router import Router
 from protocol.wire import Frame
 from tests.fakes import ScriptedWorker
 from tests.fuzz_payload import damaged

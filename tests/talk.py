@@ -12,11 +12,12 @@ import sys
 
 import numpy as np
 
+from protocol.dealer import Dealer
 from protocol.keys import Identity, KeyPair
 from protocol.messages import Step, Update, to_coordinator, to_node
 from protocol.payload import Dense, Payload, Run, Scalars, Sparse, encode, spec_of
+from protocol.router import Router
 from protocol.tcp import Traffic
-from protocol.transport import Dealer, Router
 
 PATIENCE_SECONDS = 30.0
 HELLO = [b"hello"]
@@ -35,7 +36,7 @@ PAYLOADS: dict[str, Payload] = {
 
 
 class Keys:
-    """Implements ``protocol.transport.Doorkeeper``."""
+    """Implements ``protocol.router.Doorkeeper``."""
 
     secret = SERVER.secret
 

@@ -215,8 +215,8 @@ def test_every_reason_to_turn_somebody_away_is_listed() -> None:
     )
     reasons = re.findall(r'refuse\("([^"]+)"', source)
     reasons += re.findall(r'"((?:\w+) (?:key|token))"(?! if name)', source)
-    transport = (DOCS.parent / "protocol/transport.py").read_text()
-    why = transport[transport.index("def _why") : transport.index("class Dealer")]
+    router = (DOCS.parent / "protocol/router.py").read_text()
+    why = router[router.index("def _why") :]
     reasons += re.findall(r'(?:return|else) "([^"]+)"', why)
     assert len(reasons) >= 11
     text = section("errors.md", "2. Refusals")

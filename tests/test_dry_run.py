@@ -19,7 +19,7 @@ from coordinator.guard import Guard
 from coordinator.roster import Roster
 from protocol import keys
 from protocol.experiment import Nodes
-from protocol.transport import Router
+from protocol.router import Router
 
 ROOT = Path(__file__).parent.parent
 MOST_BYTES = 60_000_000  # of memory that a node takes before torch

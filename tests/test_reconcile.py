@@ -13,12 +13,13 @@ from coordinator.arrivals import Arrival, Breach, LoggedIn
 from coordinator.desk import Desk
 from coordinator.reconcile import LOOKS, Excess, Reconciler
 from coordinator.roster import Member, Roster
+from protocol.dealer import Dealer
 from protocol.experiment import Nodes
 from protocol.messages import Beat, Hello, Refuse, Welcome, to_coordinator, to_node
 from protocol.meter import Key, Meter, Way
 from protocol.noise import STREAM
+from protocol.router import Router
 from protocol.tcp import Growth
-from protocol.transport import Dealer, Router
 from protocol.wire import Frame
 from tests.faults.cluster import Plan, run
 from tests.faults.faults import Fault, Miscount

@@ -17,6 +17,7 @@ import pytest
 from node.engine import Engine, Outcome, Setup
 from node.session import Session
 from protocol.blobs import CHUNK_BYTES, WINDOW, Inbox, Outbox
+from protocol.dealer import Dealer
 from protocol.errors import ModelError, NetworkError, RefusedError
 from protocol.experiment import Experiment
 from protocol.messages import (
@@ -41,7 +42,7 @@ from protocol.messages import (
 )
 from protocol.noise import STREAM
 from protocol.payload import DenseSpec
-from protocol.transport import Dealer, Router
+from protocol.router import Router
 from protocol.wire import VERSION, Frame, Peer
 from tests.fakes import Blocker, ScriptedWorker, refusing
 

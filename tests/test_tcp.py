@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from protocol import tcp, transport
+from protocol import tcp
+from protocol.dealer import Dealer
+from protocol.router import Router
 from protocol.tcp import Connections, Growth, Reading, Traffic
 
 pytestmark = pytest.mark.net
@@ -144,8 +146,8 @@ def test_sums_go_on_over_connections_and_an_unknown_part_makes_the_sum_unknown()
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 def test_both_ends_of_a_connection_agree_over_a_reconnect(host: str) -> None:
-    router = transport.Router(f"tcp://{host}:*")
-    dealer = transport.Dealer(router.endpoint)
+    router = Router(f"tcp://{host}:*")
+    dealer = Dealer(router.endpoint)
     up = down = 0
     try:
         for login in range(2):

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import pytest
 import zmq
 
-from protocol import transport
+from protocol import router as routers
+from protocol.dealer import Dealer
 from protocol.errors import KeyRefusedError, NetworkError, RefusedError
 from protocol.keys import Identity, KeyPair
-from protocol.transport import Dealer, Router
+from protocol.router import Router
 from protocol.wire import Peer
 
 pytestmark = pytest.mark.net
@@ -353,7 +354,7 @@ def test_who_is_gone_and_is_read_only_now_is_not_taken_for_who_has_its_number(
 def test_of_many_who_never_log_in_the_oldest_are_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(transport, "MAX_STRANGERS", 3)
+    monkeypatch.setattr(routers, "MAX_STRANGERS", 3)
     router = Router("tcp://127.0.0.1:*")
     context = zmq.Context()
     try:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from protocol import meter, payload
+from protocol.dealer import Dealer
 from protocol.messages import Beat, Channel, Message, Update, to_coordinator, to_node
-from protocol.transport import Dealer, Router
+from protocol.router import Router
 from protocol.wire import Frame, Peer, RemoteProtocolError
 
 Frames = Sequence[Frame]
