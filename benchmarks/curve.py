@@ -20,9 +20,10 @@ import psutil
 
 from benchmarks.harness import Metric, alternate, progress, report
 from protocol.blobs import CHUNK_BYTES, WINDOW
+from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
 from protocol.keys import Identity, KeyPair
-from protocol.messages import Chunk, Pull, Step, Task, Update, to_coordinator, to_node
+from protocol.messages import Chunk, Pull, Step, Task, Update
 from protocol.payload import Run, Scalars, encode, spec_of
 from protocol.router import Router
 from protocol.wire import Frame, Peer

@@ -20,8 +20,8 @@ from fedalgos.ferret import Ferret, cut, ferret
 from fedalgos.space import ParamSpace
 from node import shapes
 from protocol import kernels, noise
-from protocol.messages import TensorInfo
 from protocol.noise import Flat
+from protocol.parts import TensorInfo
 from protocol.payload import Blocks
 
 K, LOOP_K, REPEATS = 64, 2, 3

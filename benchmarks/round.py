@@ -142,7 +142,7 @@ def be_node(endpoint: str, name: str, size: int) -> None:
     from node import engine, session, worker
     from node.engine import Setup
     from protocol.dealer import Dealer
-    from protocol.messages import TensorInfo
+    from protocol.parts import TensorInfo
 
     identity = Identity(KeyPair.of(SECRETS[name]), KeyPair.of(SECRETS["coordinator"]).public)
     module: Any = session  # what it has imported is replaced there

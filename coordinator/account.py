@@ -11,8 +11,9 @@ import msgspec
 from coordinator.events import Commit
 from coordinator.limits import MAX_GONE, MAX_REASONS
 from coordinator.reconcile import Excess, Unexplained
-from protocol.messages import Cost, Hello, Score, Update
+from protocol.messages import Hello, Score, Update
 from protocol.meter import Around, Key, Meter
+from protocol.parts import Cost
 from protocol.tcp import Traffic
 
 IDLE = ("wait", "transfer", "upload", "reduce")  # phases in which a node does not compute

@@ -17,7 +17,7 @@ from fedalgos import state as states
 from fedalgos.space import ParamSpace
 from protocol import payload
 from protocol.errors import JournalError
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Flat, Payload, Spec
 
 S = TypeVar("S")

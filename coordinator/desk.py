@@ -20,20 +20,9 @@ from coordinator.roster import Member, Roster
 from coordinator.tally import Tally
 from protocol import tcp
 from protocol.blobs import INLINE_BYTES, Inbox
+from protocol.channel import to_coordinator, to_node
 from protocol.experiment import Nodes
-from protocol.messages import (
-    Beat,
-    Bye,
-    Carrier,
-    Chunk,
-    Hello,
-    Pull,
-    Refuse,
-    ToCoordinator,
-    ToNode,
-    to_coordinator,
-    to_node,
-)
+from protocol.messages import Beat, Bye, Carrier, Chunk, Hello, Pull, Refuse, ToCoordinator, ToNode
 from protocol.meter import Mechanism
 from protocol.wire import Frame, Peer, RemoteProtocolError, VersionError
 

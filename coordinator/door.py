@@ -11,7 +11,8 @@ from coordinator.guard import Guard
 from coordinator.roster import Member, Roster
 from coordinator.strangers import Strangers
 from coordinator.tally import Tally
-from protocol.messages import Enroll, Enrolled, Hello, Refuse, to_coordinator, to_node
+from protocol.channel import to_coordinator, to_node
+from protocol.messages import Enroll, Enrolled, Hello, Refuse
 from protocol.wire import Frame, Peer
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ import msgspec
 
 from coordinator.events import Commit
 from coordinator.history import CatchUp
-from protocol.messages import Cost, Reduced, Update
+from protocol.messages import Reduced, Update
+from protocol.parts import Cost
 
 PEAKS = ("rss", "cuda", "reserved")  # of a cost, in bytes
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from coordinator.limits import Allowance
 from fedalgos.limits import ENDLESS, MANY, Limit
-from protocol.messages import Cost, Hello, Limits, Meeting, Progress, Refuse
+from protocol.messages import Hello, Refuse
 from protocol.noise import STREAM
+from protocol.parts import Cost, Limits, Meeting, Progress
 from protocol.wire import Peer
 
 NOWHERE = Meeting(address="", port=1)

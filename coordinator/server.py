@@ -37,18 +37,7 @@ from coordinator.record import RunRecorder
 from coordinator.roster import NOWHERE, Member, Roster
 from coordinator.state import Evaluating, Finished, State
 from fedalgos.method import unchanged
-from protocol.messages import (
-    Beat,
-    Bye,
-    Failed,
-    Hello,
-    Ready,
-    Reduced,
-    Score,
-    Sync,
-    Update,
-    Welcome,
-)
+from protocol.messages import Beat, Bye, Failed, Hello, Ready, Reduced, Score, Sync, Update, Welcome
 from protocol.wire import Frame, RemoteProtocolError
 
 log = logging.getLogger(__name__)

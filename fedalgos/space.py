@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Flat
 
 PIECE = 1 << 14  # numbers that are worked on at once: what lies between stays in the cache

@@ -22,7 +22,7 @@ from fedalgos.method import Assignment, Batch, Contribution, Mean, Oracle, Plan,
 from fedalgos.optim import Local, Moments, Server, local_steps, server_step
 from fedalgos.space import ParamSpace, pieces
 from protocol.errors import ExperimentError
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Dense, Flat
 
 Assign = Literal["cyclic", "balanced"]

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocol import keys
+from protocol.channel import read_refusal, to_node
+from protocol.channel import to_coordinator as outward
 from protocol.dealer import Dealer
 from protocol.errors import KeyRefusedError, KeyStoreError, NetworkError, RefusedError
 from protocol.keys import Identity, KeyPair, Token
-from protocol.messages import Enroll, Enrolled, Refuse, ToNode, read_refusal, to_node
-from protocol.messages import to_coordinator as outward
+from protocol.messages import Enroll, Enrolled, Refuse, ToNode
 from protocol.wire import RemoteProtocolError, VersionError
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from fedalgos.method import Collective, Contribution
 from fedalgos.space import digest
 from protocol import payload, tcp
 from protocol.errors import ModelError
-from protocol.messages import Exchanged, Reduce, Reduced
+from protocol.messages import Reduce, Reduced
+from protocol.parts import Exchanged
 from protocol.payload import Flat, Payload
 
 SEGMENT_BYTES = 1 << 20  # of gloo's ring, at the most

@@ -25,6 +25,8 @@ from node.machine import Machine
 from node.session import Session  # noqa: F401 - what a node holds: it is to be in the figure
 from node.start import Start, mending
 from protocol import keys
+from protocol.channel import read_refusal, to_node
+from protocol.channel import to_coordinator as outward
 from protocol.dealer import Dealer
 from protocol.errors import (
     ExperimentError,
@@ -35,8 +37,8 @@ from protocol.errors import (
     SeedwireError,
 )
 from protocol.keys import Identity
-from protocol.messages import Beat, Limits, Refuse, read_refusal, to_node
-from protocol.messages import to_coordinator as outward
+from protocol.messages import Beat, Refuse
+from protocol.parts import Limits
 from protocol.wire import VersionError
 
 ANSWER_SECONDS = 5.0

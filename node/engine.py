@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from protocol.experiment import Experiment
-from protocol.messages import Limits, Message, Progress, Ready, Reduce, Task
+from protocol.messages import Message, Ready, Reduce, Task
+from protocol.parts import Limits, Progress
 from protocol.wire import Frame
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from node.files import number, text
-from protocol.messages import Vitals
+from protocol.parts import Vitals
 from protocol.tcp import Traffic
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "none" as a number near 2^63

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from node.energy import Meter
-from protocol.messages import Cost, Limits, Phase
+from protocol.parts import Cost, Limits, Phase
 
 MIN_WAIT_SECONDS = 0.05  # a shorter wait is not worth its bytes yet
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

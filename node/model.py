@@ -23,7 +23,7 @@ from torch import nn
 from node import adapters, export, shapes
 from node import base as base_models
 from protocol.experiment import Data, Model, Peft
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 
 
 @dataclass

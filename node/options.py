@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from node.engine import Ranks
-    from protocol.messages import Limits
+    from protocol.parts import Limits
 
 
 class Format(str, Enum):
@@ -91,7 +91,7 @@ def parse_clients(text: str) -> tuple[int, ...]:
 
 def parse_limits(memory: str, nbytes: str, seconds: float) -> Limits | None:
     """What a round may take here, or None where nothing is said."""
-    from protocol.messages import Limits
+    from protocol.parts import Limits
 
     if not 0 <= seconds <= 1e9:
         raise typer.BadParameter(f"--max-seconds {seconds}: want 0 to 10^9")

@@ -17,7 +17,9 @@ import numpy as np
 from node.engine import Outcome
 from node.ranks import GroupError, RankError
 from node.worker import Worker
-from protocol.messages import Carrier, Cost, Failed, Phase, Ready, ToNode, Update, to_node
+from protocol.channel import to_node
+from protocol.messages import Carrier, Failed, Ready, ToNode, Update
+from protocol.parts import Cost, Phase
 from protocol.payload import Flat
 from protocol.wire import Frame
 

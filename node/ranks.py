@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from protocol.messages import Limits
+from protocol.parts import Limits
 
 SETTLE_SECONDS = 2.0  # from a closed connection to the exit status of whoever had it
 POLL_SECONDS = 0.1

@@ -24,6 +24,8 @@ from node.machine import Machine
 from node.uploads import Uploads
 from protocol import experiment as experiments
 from protocol.blobs import INLINE_BYTES, Inbox, Outbox
+from protocol.channel import read_refusal, to_node
+from protocol.channel import to_coordinator as outward
 from protocol.dealer import Dealer
 from protocol.errors import NetworkError, RefusedError
 from protocol.experiment import Nodes
@@ -33,7 +35,6 @@ from protocol.messages import (
     Bye,
     Carrier,
     Chunk,
-    Cost,
     Enrolled,
     Evaluate,
     Hello,
@@ -48,12 +49,10 @@ from protocol.messages import (
     ToCoordinator,
     Update,
     Welcome,
-    read_refusal,
-    to_node,
 )
-from protocol.messages import to_coordinator as outward
 from protocol.noise import STREAM
 from protocol.notify import Notifier
+from protocol.parts import Cost
 from protocol.wire import MAX_ARRAY, Frame, RemoteProtocolError, VersionError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fedalgos.method import Batch, Oracle
 from node.partition import Indices
 from protocol.experiment import Experiment
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Flat
 
 if TYPE_CHECKING:

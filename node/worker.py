@@ -30,8 +30,6 @@ from protocol.experiment import Experiment
 from protocol.messages import (
     Evaluate,
     Failed,
-    Limits,
-    Meeting,
     Message,
     Ready,
     Reduce,
@@ -42,6 +40,7 @@ from protocol.messages import (
     Task,
     Update,
 )
+from protocol.parts import Limits, Meeting
 from protocol.payload import Flat
 from protocol.wire import Frame, RemoteProtocolError
 

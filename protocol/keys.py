@@ -25,7 +25,7 @@ from zmq.utils import z85
 from protocol.errors import KeyStoreError
 
 COORDINATOR = "coordinator"
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"  # as protocol.messages.NodeName
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"  # as protocol.parts.NodeName
 KEY_BYTES = 32
 SEED_BYTES = 16
 CHECK_BYTES = 3

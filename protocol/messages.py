@@ -1,142 +1,41 @@
 """The typed messages of protocol version 3, one union per direction.
 
 ``docs/protocol.md`` is the specification and carries its own version number; this
-module implements it.  ``Channel`` packs one direction and unpacks it with every
-field checked, so a bad message is refused with the path of the fault.
+module implements it, and ``protocol.channel`` packs what is said here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from protocol import wire
+from protocol.parts import (
+    BlobId,
+    Cost,
+    Digest,
+    Examples,
+    Exchanged,
+    Limits,
+    Meeting,
+    NodeName,
+    Progress,
+    Real,
+    RoundNumber,
+    TensorInfo,
+    Text,
+    Unit,
+    Version,
+    Vitals,
+    Weight,
+)
 from protocol.payload import ClientId, Size, Spec
 from protocol.picks import Pick
-from protocol.wire import Frame, LocalProtocolError, RemoteProtocolError
-
-Text = Annotated[str, Meta(max_length=2000)]
-NodeName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]  # $ lets "\n" in
-Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
-Version = Annotated[int, Meta(ge=0, lt=1 << 53)]
-RoundNumber = Annotated[int, Meta(ge=0, lt=1 << 31)]
-BlobId = Annotated[int, Meta(ge=0, lt=1 << 53)]
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-Real = Annotated[float, Meta(ge=-1e30, le=1e30)]  # both bounds: refuses inf and NaN
-Examples = Annotated[int, Meta(ge=0, lt=1 << 40)]
-Weight = Annotated[int, Meta(ge=1, lt=1 << 40)]  # a mean of weight 0 does not exist
-Unit = Annotated[int, Meta(ge=0, lt=1 << 20)]
-
-Joules = Annotated[float, Meta(ge=0, le=1e12)]
-Celsius = Annotated[float, Meta(ge=-273.15, le=1000)]
-
-Phase = Literal[
-    "bare",
-    "load",
-    "inference",
-    "catch-up",
-    "train",
-    "encode",
-    "reduce",
-    "evaluate",
-    "wait",
-    "transfer",
-    "upload",
-]
 
 
 class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of every message.  Unknown fields are skipped: a newer minor version added them."""
-
-
-class TensorInfo(Struct, frozen=True):
-    """A trained tensor: its name in the saved checkpoint, its shape, and its unit."""
-
-    name: Annotated[str, Meta(max_length=512)]
-    shape: Annotated[tuple[Size, ...], Meta(max_length=8)]
-    unit: Annotated[str, Meta(max_length=512)]
-
-
-class Cost(Struct, frozen=True, array_like=True):
-    """What one phase took on a node.  Absent is None, never zero.
-
-    Attributes:
-        rss: peak resident bytes of the process during the phase.
-        cuda: peak allocated bytes on the device during the phase.
-        reserved: peak bytes that the device's allocator held during the phase.
-        joules: of the whole machine during the phase.
-    """
-
-    phase: Phase
-    seconds: Seconds
-    rss: Size | None = None
-    cuda: Size | None = None
-    reserved: Size | None = None
-    joules: Joules | None = None
-
-
-class Vitals(Struct, frozen=True, omit_defaults=True):
-    """A node's process and machine, just now.  What is not known is None, never zero.
-
-    Attributes:
-        pss: resident bytes, with shared pages counted in shares.
-        swap: bytes of the process that are swapped out.
-        group_peak: bytes at most of its memory control group, since that was made.
-        is_unified: the CUDA device has no memory of its own, as on a Jetson.
-        nvmap: bytes that the process holds for that device there, which are not resident.
-        celsius: of the hottest sensor.
-        throttled: why the machine has run slower than it can since the node started; "" if
-            it has not.
-        sent, received, resent: bytes of the node's connections, as its own kernel counts
-            them (protocol.tcp.Traffic).
-        rtt: seconds, smoothed by the kernel.
-    """
-
-    pss: Size | None = None
-    swap: Size | None = None
-    group_peak: Size | None = None
-    is_unified: bool = False
-    nvmap: Size | None = None
-    celsius: Celsius | None = None
-    throttled: Text | None = None
-    sent: Size | None = None
-    received: Size | None = None
-    resent: Size | None = None
-    rtt: Seconds | None = None
-
-
-class Meeting(Struct, frozen=True, kw_only=True):
-    """Where a node can be met by others, for a collective."""
-
-    address: Text  # a number, IPv4 or IPv6
-    port: Annotated[int, Meta(ge=1, le=65_535)]
-
-
-class Exchanged(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a node has sent to other nodes, and received from them, in one collective.
-
-    Attributes:
-        payload, message: bytes each way, as they are in our own count.
-        sent, received, resent: by its kernel's count of the very connections.
-    """
-
-    payload: Size = 0
-    message: Size = 0
-    sent: Size | None = None
-    received: Size | None = None
-    resent: Size | None = None
-
-
-class Progress(Struct, frozen=True, kw_only=True):
-    """How far a task is, in mini-batches."""
-
-    round: RoundNumber
-    client: ClientId
-    done: Examples
-    total: Examples
 
 
 # --- both ways -------------------------------------------------------------------
@@ -180,20 +79,6 @@ class Carrier(Message, frozen=True, kw_only=True):
 
 
 # --- node -> coordinator ---------------------------------------------------------
-
-
-class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a node lets a round take; None: as much as it needs.
-
-    Attributes:
-        memory: resident bytes of its process.
-        bytes: of payload, both ways, for all its clients together.
-        seconds: of one task.
-    """
-
-    memory: Size | None = None
-    bytes: Size | None = None
-    seconds: Annotated[float, Meta(gt=0, le=1e9)] | None = None
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
@@ -386,79 +271,3 @@ class Reject(Message, frozen=True, kw_only=True, tag="reject"):
 Both = Beat | Pull | Chunk | Bye
 ToCoordinator = Hello | Enroll | Ready | Update | Failed | Reduced | Score | Sync | Both
 ToNode = Welcome | Enrolled | Refuse | Task | Reduce | Step | Evaluate | Reject | Both
-
-M = TypeVar("M", bound=Message)
-
-
-class Channel(Generic[M]):
-    """Packs and unpacks the messages of one direction."""
-
-    def __init__(self, union: Any) -> None:
-        self._union = union
-
-    def pack(self, message: M, buffer: Frame | None = None) -> list[Frame]:
-        """Encode to frames; what the other side would refuse does not leave here.
-
-        Raises:
-            LocalProtocolError: a field is out of bounds, or the buffer does not fit.
-        """
-        buffers = [] if buffer is None else [buffer]
-        if (why := _misfit(message, buffers)) is not None:
-            raise LocalProtocolError(why)
-        body = msgspec.to_builtins(message, builtin_types=(bytes,))
-        try:
-            msgspec.convert(body, self._union)
-        except msgspec.ValidationError as error:
-            raise LocalProtocolError(f"{type(message).__name__}: {error}") from error
-        for cost in body.get("costs", ()):
-            while cost[-1] is None:
-                cost.pop()
-        return wire.pack(body, buffers)
-
-    def unpack(self, frames: Sequence[Frame]) -> tuple[M, Frame | None]:
-        """Decode frames.
-
-        Raises:
-            VersionError: another protocol version.
-            RemoteProtocolError: anything else that ``pack`` could not have produced.
-        """
-        body, buffers = wire.unpack(frames)
-        try:
-            message: M = msgspec.convert(body, self._union)
-        except (msgspec.ValidationError, RecursionError) as error:
-            raise RemoteProtocolError(str(error) or "nested too deeply") from error
-        if (why := _misfit(message, buffers)) is not None:
-            raise RemoteProtocolError(why)
-        return message, buffers[0] if buffers else None
-
-
-to_coordinator: Channel[ToCoordinator] = Channel(ToCoordinator)
-to_node: Channel[ToNode] = Channel(ToNode)
-
-
-def read_refusal(frames: Sequence[Frame]) -> Refuse | None:
-    """A refusal from a peer of any protocol version, or None if it is something else."""
-    try:
-        body, _ = wire.unpack(frames, any_version=True)
-        message: object = msgspec.convert(body, ToNode)  # a union, so that the tag is required
-    except (RemoteProtocolError, msgspec.ValidationError, RecursionError):
-        return None
-    return message if isinstance(message, Refuse) else None
-
-
-def _misfit(message: Message, buffers: Sequence[Frame]) -> str | None:
-    """Say why the buffers do not fit the message, or None."""
-    if isinstance(message, Chunk):
-        expected = 0 if message.gone else 1
-    elif isinstance(message, Carrier):
-        if message.blob is not None and message.payload is None:
-            return "a blob without a payload"
-        expected = int(message.payload is not None and message.blob is None)
-    else:
-        expected = 0
-    if len(buffers) != expected:
-        return f"{len(buffers)} buffers, want {expected}"
-    if buffers and isinstance(message, Carrier) and message.payload is not None:
-        got, want = len(buffers[0]), message.payload.nbytes
-        return None if got == want else f"buffer of {got} bytes, spec says {want}"
-    return None

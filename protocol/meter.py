@@ -16,7 +16,6 @@ from protocol.messages import (
     Carrier,
     Chunk,
     Evaluate,
-    Exchanged,
     Message,
     Ready,
     Reduce,
@@ -26,6 +25,7 @@ from protocol.messages import (
     Task,
     Update,
 )
+from protocol.parts import Exchanged
 from protocol.tcp import Growth, Traffic
 from protocol.wire import Frame
 

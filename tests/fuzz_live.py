@@ -48,6 +48,7 @@ from node.engine import Engine, Outcome, Setup
 from node.session import Session
 from protocol import experiment as experiments
 from protocol import payload
+from protocol.channel import to_coordinator, to_node
 from protocol.errors import SeedwireError
 from protocol.keys import Identity, KeyPair
 from protocol.messages import (
@@ -65,13 +66,11 @@ from protocol.messages import (
     Step,
     Sync,
     Task,
-    TensorInfo,
     Update,
     Welcome,
-    to_coordinator,
-    to_node,
 )
 from protocol.noise import STREAM
+from protocol.parts import TensorInfo
 from protocol.router import Router
 from protocol.wire import Frame
 from tests.fakes import ScriptedWorker

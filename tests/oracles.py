@@ -13,8 +13,8 @@ import numpy.typing as npt
 from fedalgos.method import Assignment, Batch, Contribution, Method, Oracle, Vector, Work
 from fedalgos.space import ParamSpace
 from protocol import kernels, payload
-from protocol.messages import TensorInfo
 from protocol.noise import Direction
+from protocol.parts import TensorInfo
 from protocol.payload import Flat, Payload
 
 Exact = npt.NDArray[np.float64]

@@ -12,9 +12,10 @@ import sys
 
 import numpy as np
 
+from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
 from protocol.keys import Identity, KeyPair
-from protocol.messages import Step, Update, to_coordinator, to_node
+from protocol.messages import Step, Update
 from protocol.payload import Dense, Payload, Run, Scalars, Sparse, encode, spec_of
 from protocol.router import Router
 from protocol.tcp import Traffic

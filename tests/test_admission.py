@@ -15,11 +15,12 @@ from coordinator.desk import Desk
 from coordinator.guard import Guard
 from coordinator.roster import Roster
 from node.admission import Admission
+from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
 from protocol.errors import KeyRefusedError, KeyStoreError, NetworkError, RefusedError
 from protocol.experiment import Nodes
 from protocol.keys import Identity, Token
-from protocol.messages import Beat, Enroll, Hello, Refuse, ToNode, to_coordinator, to_node
+from protocol.messages import Beat, Enroll, Hello, Refuse, ToNode
 from protocol.noise import STREAM
 from protocol.router import Router
 

@@ -30,8 +30,9 @@ from node.lead import Lead
 from node.start import Life, Start
 from protocol import payload
 from protocol.errors import ExperimentError
-from protocol.messages import Cost, Exchanged, Meeting, Reduce, Reduced, Step, Task, Update
+from protocol.messages import Reduce, Reduced, Step, Task, Update
 from protocol.meter import Key
+from protocol.parts import Cost, Exchanged, Meeting
 from protocol.payload import Dense, Flat, Run, Scalars
 from protocol.tcp import Growth
 from protocol.wire import RemoteProtocolError

@@ -15,7 +15,8 @@ from coordinator.events import Assign, Committed, Evaluate, EvaluatorReady, Even
 from coordinator.state import Finished, State
 from coordinator.status import sentence, status
 from protocol.experiment import Budget
-from protocol.messages import Cost, Task
+from protocol.messages import Task
+from protocol.parts import Cost
 from tests.faults.cluster import Plan
 from tests.faults.cluster import run as play_out
 from tests.test_rounds import OPEN, POLICY, news, play, update

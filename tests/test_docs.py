@@ -41,7 +41,6 @@ from protocol.keys import Token
 from protocol.messages import (
     Beat,
     Carrier,
-    Cost,
     Enroll,
     Enrolled,
     Hello,
@@ -50,10 +49,10 @@ from protocol.messages import (
     Refuse,
     Score,
     Task,
-    TensorInfo,
     ToCoordinator,
     ToNode,
 )
+from protocol.parts import Cost, Phase, TensorInfo
 from protocol.payload import Blocks, Dense, Payload, Run, Scalars, Sparse, Spec, encode, spec_of
 from protocol.process import INTERRUPTED
 
@@ -126,7 +125,7 @@ def test_every_field_of_the_nested_structures_is_described(kind: type[Struct]) -
 def test_every_phase_and_every_refusal_is_named() -> None:
     text = page("protocol.md")
     codes = get_args(messages.RefuseCode)
-    assert not [word for word in (*get_args(messages.Phase), *codes) if f"`{word}`" not in text]
+    assert not [word for word in (*get_args(Phase), *codes) if f"`{word}`" not in text]
     assert not [code for code in codes if code not in rows(section("errors.md", "2. Refusals"))]
 
 

@@ -13,7 +13,8 @@ from node.engine import Engine, Outcome, Setup
 from protocol import experiment as experiments
 from protocol.errors import ModelError
 from protocol.experiment import Experiment
-from protocol.messages import Beat, Cost, Evaluate, Message, Progress, Ready, Step, Task
+from protocol.messages import Beat, Evaluate, Message, Ready, Step, Task
+from protocol.parts import Cost, Progress
 from protocol.wire import Frame
 from tests.fakes import Blocker, ScriptedWorker, refusing
 

@@ -13,9 +13,10 @@ from fedalgos.fedmezo import FedMezo
 from fedalgos.flasc import Flasc
 from fedalgos.optim import Adam, AdamW, Sgd, Yogi
 from fedalgos.spry import Spry
+from protocol.channel import to_node
 from protocol.errors import ExperimentError
 from protocol.experiment import Experiment, convert, dump, load
-from protocol.messages import Welcome, to_node
+from protocol.messages import Welcome
 
 MINIMAL = """
 run.name = "first"

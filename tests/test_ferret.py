@@ -15,7 +15,7 @@ from fedalgos.registry import settings as decode_settings
 from fedalgos.space import ParamSpace, digest
 from protocol import kernels, noise
 from protocol.errors import ExperimentError
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Blocks, Flat, Payload, spec_of
 from tests.oracles import Exact, Quadratic, f32, over_the_wire, play, space_of, towards
 

@@ -15,7 +15,7 @@ from fedalgos.space import ParamSpace, digest
 from fedalgos.sparse import State
 from protocol import noise, places, values
 from protocol.errors import ExperimentError
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Dense, Flat, Run, Scalars, Sparse, spec_of
 from protocol.values import Coding
 from tests.oracles import (

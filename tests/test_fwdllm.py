@@ -19,8 +19,9 @@ from fedalgos.method import Assignment, Contribution, Method, Work
 from fedalgos.pacing import MOST_POOLED, Gauge, Pool
 from fedalgos.space import digest
 from protocol import noise
+from protocol.channel import to_node
 from protocol.errors import ExperimentError
-from protocol.messages import Task, to_node
+from protocol.messages import Task
 from protocol.payload import Dense, Flat, Run, Scalars, spec_of
 from protocol.wire import MAX_BODY_BYTES
 from tests.oracles import Exact, Quadratic, f32, over_the_wire, play, space_of, towards

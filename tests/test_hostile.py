@@ -11,17 +11,8 @@ import pytest
 from coordinator import account, limits
 from fedalgos.method import Assignment, Work
 from protocol.blobs import CHUNK_BYTES
-from protocol.messages import (
-    Beat,
-    Failed,
-    Pull,
-    Refuse,
-    Reject,
-    Score,
-    Sync,
-    Task,
-    to_coordinator,
-)
+from protocol.channel import to_coordinator
+from protocol.messages import Beat, Failed, Pull, Refuse, Reject, Score, Sync, Task
 from tests.oracles import Quadratic
 from tests.test_server import AVG, LARGE, MEZO, Make, Peer, Run, Said, make, two_nodes
 

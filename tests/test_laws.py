@@ -36,7 +36,7 @@ from fedalgos.robust import Clip, Median, TrimmedMean
 from fedalgos.space import ParamSpace, digest
 from fedalgos.spry import Spry
 from fedalgos.state import dump, load
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import (
     Blocks,
     Dense,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from node.machine import Group, Machine
-from protocol.messages import Vitals
+from protocol.parts import Vitals
 from protocol.tcp import Traffic
 
 Tree = Callable[[dict[str, str]], Path]

@@ -18,7 +18,7 @@ from fedalgos.masks import (
 )
 from fedalgos.space import ParamSpace
 from protocol.errors import ExperimentError
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Flat
 from tests.oracles import f32, space_of
 

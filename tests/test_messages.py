@@ -10,23 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import wire
+from protocol.channel import Channel, read_refusal, to_coordinator, to_node
 from protocol.messages import (
     Beat,
     Both,
     Bye,
     Carrier,
-    Channel,
     Chunk,
-    Cost,
     Enroll,
     Enrolled,
     Evaluate,
-    Exchanged,
     Failed,
     Hello,
-    Meeting,
     Message,
-    Progress,
     Pull,
     Ready,
     Reduce,
@@ -37,16 +33,12 @@ from protocol.messages import (
     Step,
     Sync,
     Task,
-    TensorInfo,
     ToCoordinator,
     ToNode,
     Update,
-    Vitals,
     Welcome,
-    read_refusal,
-    to_coordinator,
-    to_node,
 )
+from protocol.parts import Cost, Exchanged, Meeting, Progress, TensorInfo, Vitals
 from protocol.payload import DenseSpec, Run, ScalarsSpec, SparseSpec
 from protocol.wire import LocalProtocolError, RemoteProtocolError, VersionError
 

@@ -13,7 +13,6 @@ from protocol.messages import (
     Bye,
     Chunk,
     Evaluate,
-    Exchanged,
     Failed,
     Hello,
     Message,
@@ -40,6 +39,7 @@ from protocol.meter import (
     payload_bytes,
     zmtp_bytes,
 )
+from protocol.parts import Exchanged
 from protocol.payload import DenseSpec
 from protocol.tcp import Connections, Growth, Traffic
 

@@ -31,7 +31,8 @@ from fedalgos.spry import Spry
 from node.measure import LimitError, Phases
 from node.options import parse_limits
 from protocol import places, wire
-from protocol.messages import Cost, Hello, Limits
+from protocol.messages import Hello
+from protocol.parts import Cost, Limits
 from protocol.payload import encode, spec_of
 from tests.faults import cluster
 from tests.faults.cluster import Ended

@@ -13,9 +13,10 @@ from coordinator.arrivals import Arrival, Breach, LoggedIn
 from coordinator.desk import Desk
 from coordinator.reconcile import LOOKS, Excess, Reconciler
 from coordinator.roster import Member, Roster
+from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
 from protocol.experiment import Nodes
-from protocol.messages import Beat, Hello, Refuse, Welcome, to_coordinator, to_node
+from protocol.messages import Beat, Hello, Refuse, Welcome
 from protocol.meter import Key, Meter, Way
 from protocol.noise import STREAM
 from protocol.router import Router

@@ -31,17 +31,16 @@ from fedalgos.space import ParamSpace, digest
 from protocol import experiment as experiments
 from protocol import payload, wire
 from protocol.blobs import CHUNK_BYTES, FAST_CHUNK_BYTES, INLINE_BYTES, WINDOW, Inbox, Outbox
+from protocol.channel import read_refusal, to_coordinator, to_node
 from protocol.experiment import Nodes
 from protocol.messages import (
     Beat,
     Bye,
     Chunk,
-    Cost,
     Evaluate,
     Failed,
     Hello,
     Message,
-    Progress,
     Pull,
     Ready,
     Refuse,
@@ -50,16 +49,13 @@ from protocol.messages import (
     Step,
     Sync,
     Task,
-    TensorInfo,
     Update,
     Welcome,
-    read_refusal,
-    to_coordinator,
-    to_node,
 )
 from protocol.messages import Beat as Heartbeat
 from protocol.meter import HANDSHAKE, Key, Way
 from protocol.noise import STREAM
+from protocol.parts import Cost, Progress, TensorInfo
 from protocol.payload import Dense, Flat, ScalarsSpec
 from protocol.tcp import Growth
 from protocol.wire import VERSION, Frame

@@ -17,6 +17,7 @@ import pytest
 from node.engine import Engine, Outcome, Setup
 from node.session import Session
 from protocol.blobs import CHUNK_BYTES, WINDOW, Inbox, Outbox
+from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
 from protocol.errors import ModelError, NetworkError, RefusedError
 from protocol.experiment import Experiment
@@ -24,7 +25,6 @@ from protocol.messages import (
     Beat,
     Bye,
     Chunk,
-    Cost,
     Evaluate,
     Hello,
     Message,
@@ -34,13 +34,11 @@ from protocol.messages import (
     Reject,
     Step,
     Task,
-    TensorInfo,
     Update,
     Welcome,
-    to_coordinator,
-    to_node,
 )
 from protocol.noise import STREAM
+from protocol.parts import Cost, TensorInfo
 from protocol.payload import DenseSpec
 from protocol.router import Router
 from protocol.wire import VERSION, Frame, Peer

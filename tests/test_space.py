@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedalgos.space import ParamSpace, Unit, digest
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from tests.oracles import f32, space_of
 
 TENSORS = [

@@ -19,7 +19,7 @@ from fedalgos.pruned import AdapterLth, FedSelect, SparseAdapter
 from fedalgos.registry import AnySettings, build, settings
 from fedalgos.space import ParamSpace, digest
 from protocol.errors import ExperimentError
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Dense, Flat, Sparse
 from tests.oracles import (
     Quadratic,

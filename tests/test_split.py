@@ -27,7 +27,7 @@ from fedalgos.split import (
 )
 from fedalgos.spry import Spry, spry
 from protocol.errors import ExperimentError
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Dense
 from tests.oracles import contribution, f32, space_of
 

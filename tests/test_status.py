@@ -24,7 +24,8 @@ from coordinator.state import Training
 from coordinator.status import Reader, sentence, status
 from coordinator.view import View, render
 from protocol.errors import ExperimentError
-from protocol.messages import Beat, Failed, Progress
+from protocol.messages import Beat, Failed
+from protocol.parts import Progress
 from protocol.tcp import Traffic
 from tests.test_server import Peer, Run, two_nodes
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from protocol import meter, payload
+from protocol.channel import Channel, to_coordinator, to_node
 from protocol.dealer import Dealer
-from protocol.messages import Beat, Channel, Message, Update, to_coordinator, to_node
+from protocol.messages import Beat, Message, Update
 from protocol.router import Router
 from protocol.wire import Frame, Peer, RemoteProtocolError
 

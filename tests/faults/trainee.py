@@ -14,7 +14,7 @@ from node.engine import Setup
 from node.partition import Indices
 from node.trainee import Scored
 from protocol.experiment import Experiment
-from protocol.messages import TensorInfo
+from protocol.parts import TensorInfo
 from protocol.payload import Flat
 from tests.faults.actor import Actor
 from tests.oracles import Exact, Numpy
