@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-SIZE = r"([0-9]+(?:\.[0-9]+)?) ?([kKMG]?)B?"
+SIZE = r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([kKMG]?)B?"
+MAX_SIZE = 1 << 40
 ENDPOINT = r"^tcp://[^\s/]+:[0-9]{1,5}\Z"
 
 Word = Annotated[str, Meta(pattern=r"^([^-\s]\S*)?\Z")]  # no option of ssh, no second argument
@@ -64,15 +65,24 @@ class Limits(Section, frozen=True, kw_only=True):
     bytes: Size = ""
     seconds: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
 
+    def __post_init__(self) -> None:
+        for name, text in (("memory", self.memory), ("bytes", self.bytes)):
+            if text and not 0 < num_bytes(text) <= MAX_SIZE:  # as ``seedwire node`` itself says
+                want = 'want 1 to 2^40 bytes, as in 1500 or 200kB or 1.5GB, or "" for no limit'
+                raise ValueError(f"{name} {text}: {want}")
+
     @property
     def memory_bytes(self) -> int | None:
-        """Of "1500MB"; kB, MB and GB are powers of 1000, as for ``seedwire node``."""
-        found = re.fullmatch(SIZE, self.memory)
-        return (
-            round(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " "))
-            if found
-            else None
-        )
+        """Of "1500MB"; None where nothing is said."""
+        return num_bytes(self.memory) if self.memory else None
+
+
+def num_bytes(text: str) -> int:
+    """Of a size; kB, MB and GB are powers of 1000, as for ``seedwire node``."""
+    found = re.fullmatch(SIZE, text)
+    if found is None:
+        raise ValueError(f"{text}: no size")
+    return round(float(found[1]) * 1000.0 ** " KMG".index(found[2].upper() or " "))
 
 
 class HostTable(Section, frozen=True, kw_only=True):

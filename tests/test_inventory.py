@@ -98,6 +98,22 @@ def test_a_venv_that_exists_is_used() -> None:
             "hosts.a.limits.memory: Expected",
         ),
         (
+            {"hosts": {"a": {"address": "a", "limits": {"memory": "0"}}}},
+            "hosts.a.limits: memory 0: want 1 to 2^40 bytes",
+        ),
+        (
+            {"groups": {"a": {"count": 1, "address": "a", "limits": {"memory": "0.4B"}}}},
+            "groups.a.limits: memory 0.4B: want 1 to 2^40 bytes",
+        ),
+        (
+            {"hosts": {"a": {"address": "a", "limits": {"bytes": "1100GB"}}}},
+            "hosts.a.limits: bytes 1100GB: want 1 to 2^40 bytes",
+        ),
+        (
+            {"hosts": {"a": {"address": "a", "limits": {"bytes": "9" * 400}}}},
+            "hosts.a.limits.bytes: Expected",
+        ),
+        (
             {
                 "hosts": {
                     "a": {"address": "a", "clients": "1-3"},
