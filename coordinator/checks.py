@@ -9,18 +9,31 @@ from fedalgos.limits import shortage
 from fedalgos.method import Assignment, Contribution, Method, Settings
 from fedalgos.space import ParamSpace
 from protocol import payload
+from protocol.experiment import Data
 from protocol.messages import Ready, Refuse, Update
 from protocol.payload import Flat
 from protocol.wire import Frame, RemoteProtocolError
 
 
 def contribution(
-    update: Update, data: Frame | None, assignment: Assignment, method: Method[Any], o: Settings
+    update: Update,
+    data: Frame | None,
+    assignment: Assignment,
+    method: Method[Any],
+    most_examples: int,
 ) -> Contribution | str:
-    """What an update contributes, or why it is of no use."""
+    """What an update contributes, or why it is of no use.
+
+    Args:
+        update: as it was sent.
+        data: its payload's buffer.
+        assignment: what it is the answer to.
+        method: of the run.
+        most_examples: that a task can have, see ``most_examples``.
+    """
     if update.payload is None or data is None:
         return "no payload"
-    if (why := _miscount(update.examples, o.steps * o.batch_size)) is not None:
+    if (why := _miscount(update.examples, most_examples)) is not None:
         return why
     try:
         value = payload.decode(update.payload, data)
@@ -31,8 +44,17 @@ def contribution(
     return why or Contribution(assignment, update.examples, value, update.loss)
 
 
+def most_examples(o: Settings, data: Data) -> int:
+    """How many examples a task can have; 0 where only the nodes know.
+
+    A task of no number of steps is one pass over a client's examples, which are some of
+    ``data.train``.
+    """
+    return o.steps * o.batch_size if o.steps else data.train
+
+
 def _miscount(examples: int, most: int) -> str | None:
-    """Why the examples cannot have been so many, where the task says how many there are."""
+    """Why the examples cannot have been so many, where it is known how many there are."""
     if examples < 1:
         return "no examples"
     return f"examples: {examples} of at most {most}" if most and examples > most else None

@@ -13,6 +13,7 @@ import msgspec
 from coordinator import totals
 from coordinator.archive import Archive
 from coordinator.central import Central
+from coordinator.checks import most_examples
 from coordinator.collectives import Collectives
 from coordinator.desk import Desk
 from coordinator.events import (
@@ -82,7 +83,8 @@ class Executor:
         self._settings, self._desk, self._recorder, self._now = settings, desk, recorder, now
         self._method = registry.settings(settings.experiment.method)
         norm_limit = settings.experiment.rounds.norm_limit
-        self.intake = Intake(journal, self._method, norm_limit, settings.policy.max_staleness)
+        most = most_examples(self._method, settings.experiment.data)
+        self.intake = Intake(journal, most, norm_limit, settings.policy.max_staleness)
         desk.wants = self.intake.wants
         deadline = settings.experiment.rounds.deadline_seconds
         self.collectives = Collectives(desk, recorder, self.intake, now, deadline)

@@ -14,7 +14,7 @@ from coordinator.norms import Known, Norms
 from coordinator.roster import Member
 from coordinator.updates import Updates
 from fedalgos import guard
-from fedalgos.method import Assignment, Settings
+from fedalgos.method import Assignment
 from protocol.messages import Carrier, Update
 from protocol.wire import Frame
 
@@ -26,7 +26,7 @@ class Intake:
 
     Args:
         journal: where updates are kept.
-        method: the settings of the run's method.
+        most_examples: that a task can have; 0 where nobody here knows.
         norm_limit: how many times the usual norm is too much, see ``Norms``.
         max_staleness: rounds that an update may be late.
 
@@ -36,10 +36,11 @@ class Intake:
     """
 
     def __init__(
-        self, journal: Journal, method: Settings, norm_limit: float, max_staleness: int
+        self, journal: Journal, most_examples: int, norm_limit: float, max_staleness: int
     ) -> None:
         self.updates, self.norms = Updates(journal), Norms(norm_limit)
-        self._journal, self._method, self._max_staleness = journal, method, max_staleness
+        self._journal, self._most_examples = journal, most_examples
+        self._max_staleness = max_staleness
         self._plans: dict[Place, Plan] = {}  # what may be answered still
         self._num_refs = 0
 
@@ -79,7 +80,7 @@ class Intake:
         assignment = self._plans.get((update.round, update.attempt), {}).get(update.client)
         if assignment is None or central is None:
             return "stale"
-        made = checks.contribution(update, data, assignment, central.method, self._method)
+        made = checks.contribution(update, data, assignment, central.method, self._most_examples)
         if isinstance(made, str):
             return made
         norm = guard.norm_of(central.method, central.x, made)

@@ -305,6 +305,20 @@ def test_an_update_that_claims_more_examples_than_the_task_has_is_refused(make: 
     assert a.told(Reject)[0].reason == "examples: 5 of at most 4"
 
 
+def test_in_a_pass_over_its_data_a_client_has_no_more_examples_than_there_are(make: Make) -> None:
+    run = make(method=AVG | {"steps": 0}, data={"train": 4}, rounds={"quorum": 2})
+    a, _, _ = two_nodes(run)
+
+    def answer(task: Task) -> list[Said]:
+        update, data = a.update(task)
+        return [(msgspec.structs.replace(update, examples=4 + task.client), data)]
+
+    a.answer = answer
+    summary = run.finish()
+    assert summary["rejected"] == {"examples": 2}  # client 0's and b's may well be
+    assert [told.reason for told in a.told(Reject)] == ["examples: 5 of at most 4"] * 2
+
+
 def test_an_update_that_is_enormous_beside_the_others_is_refused(make: Make) -> None:
     run = make(method=AVG, rounds={"quorum": 2, "count": 3})
     a, _, _ = two_nodes(run)
