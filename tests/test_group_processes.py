@@ -182,16 +182,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return run(written(place), place / "run", MEZO)
 
 
-@pytest.mark.parametrize("by", ["ranks", "torchrun"])
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [((), ("--ranks", "2")), (TORCHRUN, ()), (TORCHRUN, ("--fsdp",))],
+    ids=["ranks", "torchrun", "fsdp"],
+)
 def test_a_run_of_a_group_ends_with_the_digest_of_single_processes(
-    experiment: Path, tmp_path: Path, started: Callable[..., Any], alone: dict[str, Any], by: str
+    experiment: Path,
+    tmp_path: Path,
+    started: Callable[..., Any],
+    alone: dict[str, Any],
+    launcher: tuple[str, ...],
+    options: tuple[str, ...],
 ) -> None:
     endpoint = coordinator(started, experiment, tmp_path / "group", MEZO)
-    if by == "ranks":
-        process = started([sys.executable, *node(endpoint, "--ranks", "2")])
-    else:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        process = started([*torchrun, *node(endpoint)])
+    process = started([sys.executable, *launcher, *node(endpoint, *options)])
     assert finished(tmp_path / "group")["digest"] == alone["digest"]
     assert process.wait(60) == 0
 
