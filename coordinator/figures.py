@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def _cost(groups: Sequence[Group], axis: Axis, metric: str, ax: Axes) -> None:
     ax.grid(color=INK, alpha=0.12, linewidth=0.8)
     if axis.is_log:
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        ax.xaxis.set_major_locator(LogLocator(subs=_steps(*ax.get_xlim())))
         ax.xaxis.set_major_formatter(EngFormatter("B", sep=" "))
         ax.xaxis.set_minor_formatter(NullFormatter())
     else:
@@ -151,6 +152,12 @@ def _cost(groups: Sequence[Group], axis: Axis, metric: str, ax: Axes) -> None:
         if axis.curve is not None:
             ax.set_xlim(0, ax.get_xlim()[1])
         ax.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _steps(low: float, high: float) -> tuple[int, ...]:
+    """Which multiples of a power of ten are labelled, so that labels do not meet."""
+    decades = math.log10(high / low)
+    return (1, 2, 5) if decades < 1.3 else (1, 3) if decades < 2.6 else (1,)
 
 
 def _peaks(group: Group) -> dict[str, float]:

@@ -29,7 +29,7 @@ STYLES = {"running": "cyan", "completed": "green", "failed": "red", "stopped": "
 def human_bytes(count: float) -> str:
     """1234567 as "1.23 MB"; decimal units, as networks count."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # three digits are up to 999
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

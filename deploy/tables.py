@@ -20,7 +20,7 @@ def size(nbytes: float | None) -> str:
     if nbytes is None:
         return ""
     for unit, name in BYTES:
-        if nbytes >= unit:
+        if nbytes >= 0.9995 * unit:  # three digits are up to 999
             return f"{nbytes / unit:.3g} {name}"
     return f"{nbytes:.0f} B"
 

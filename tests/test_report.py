@@ -370,6 +370,8 @@ def test_a_browser_opens_the_page_without_a_complaint(tmp_path: Path) -> None:
         (999, "999 B"),
         (1000, "1 kB"),
         (1_234_567, "1.23 MB"),
+        (999_499_000, "999 MB"),
+        (999_600_000, "1 GB"),
         (2e9, "2 GB"),
         (3e12, "3 TB"),
     ],
