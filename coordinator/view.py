@@ -193,7 +193,7 @@ WAYS = ("up", "down")
 def doing(node: dict[str, Any]) -> str:
     """What a node is busy with, and how far it is."""
     said, progress = str(node.get("doing", "-")), node.get("progress")
-    return f"{said} {100 * progress['done'] / progress['total']:.0f} %" if progress else said
+    return f"{said}, {100 * progress['done'] / progress['total']:.0f} %" if progress else said
 
 
 def memory(node: dict[str, Any]) -> str:
