@@ -219,7 +219,7 @@ def test_the_picture_fits_its_width_and_shows_nodes_as_text(run: Run, width: int
     text = "\n".join(lines)
     assert "0/2 rounds" in text
     assert "accuracy 50.0%" in text
-    assert "[i]now[/] 75 %" in text  # what a node says is not markup
+    assert "[i]now[/], 75 %" in text  # what a node says is not markup
     assert ("host" in text) == (width >= 100)
 
 
