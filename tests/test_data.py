@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,13 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from node import data, sources, tables
+from node.partition import deal
 from protocol.errors import DataError
 from protocol.experiment import Data, Partition
 
@@ -209,6 +214,25 @@ def test_iid_shards_differ_by_one_at_most(reviews: str) -> None:
     assert sorted(map(len, shards.train.values())) == [22, 23, 23, 23, 23, 23, 23]
 
 
+@pytest.fixture(scope="module")
+def flower() -> Any:
+    """The library, which asks when it is imported whether it may phone home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+        return importlib.import_module("flwr_datasets.partitioner")
+
+
+@given(size=st.integers(1, 60), count=st.integers(1, 60), seed=st.integers(0, 9))
+def test_iid_shards_are_those_of_flower(flower: Any, size: int, count: int, seed: int) -> None:
+    assume(count <= size)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(size)
+    flowers = flower.IidPartitioner(count)
+    flowers.dataset = datasets.Dataset.from_dict({"row": order})
+    dealt = deal(np.zeros(size, np.int64), None, Partition(clients=count, seed=seed), range(count))
+    for client in range(count):
+        assert dealt[client].tolist() == list(flowers.load_partition(client)["row"])
+
+
 def test_dirichlet_is_skewed_for_small_alpha_and_even_for_large(reviews: str) -> None:
     def largest_share(alpha: float) -> float:
         deal = Partition(kind="dirichlet", clients=4, alpha=alpha)
@@ -265,8 +289,6 @@ def test_too_few_examples_and_unknown_clients_are_refused(reviews: str) -> None:
 
 
 def test_a_hub_set_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     def refuse(*_args: object) -> None:
         raise ConnectionError("Couldn't reach the hub\nsecond line")
 
@@ -278,8 +300,6 @@ def test_a_hub_set_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatc
 def test_a_hub_set_brings_class_names_and_skips_a_test_split_without_labels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import datasets
-
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])}
     )
@@ -294,10 +314,14 @@ def test_a_hub_set_brings_class_names_and_skips_a_test_split_without_labels(
 
 
 def test_telemetry_of_the_partitioners_is_off(reviews: str) -> None:
-    data.load(Data(id=reviews, test=40), Partition(clients=4), [0])
-    from flwr_datasets.common import telemetry
-
-    assert telemetry.FLWR_TELEMETRY_ENABLED == "0"
+    code = (
+        "import sys; from node import data; from protocol.experiment import Data, Partition\n"
+        "data.load(Data(id=sys.argv[1], test=40), Partition(kind='shard', clients=4), [0])\n"
+        "from flwr_datasets.common import telemetry\nprint(telemetry.FLWR_TELEMETRY_ENABLED)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "FLWR_TELEMETRY_ENABLED"}
+    said = subprocess.check_output([sys.executable, "-c", code, reviews], env=env, text=True)
+    assert said == "0\n"
 
 
 def test_a_packaged_set_with_three_header_lines_reads_whole() -> None:
@@ -365,8 +389,6 @@ def test_what_deals_by_labels_says_so_if_there_are_none(lines: str, kind: Any) -
 
 
 def test_a_hub_set_without_labels_keeps_its_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     splits = {
         name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(3)]})
         for name in ("train", "test", "validation")
