@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,62 +9,18 @@ from pathlib import Path
 import pytest
 
 from coordinator import enrolled
-from coordinator.arrivals import LoggedIn
-from coordinator.desk import Desk
-from coordinator.guard import Guard
-from coordinator.roster import Roster
 from node.admission import Admission
 from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
 from protocol.errors import KeyRefusedError, KeyStoreError, NetworkError, RefusedError
-from protocol.experiment import Nodes
 from protocol.keys import Identity, Token
 from protocol.messages import Beat, Enroll, Hello, Refuse, ToNode
 from protocol.noise import STREAM
-from protocol.router import Router
+from tests.centre import WITHIN_SECONDS, Centre, centre
+
+__all__ = ["centre"]  # the fixture
 
 pytestmark = pytest.mark.net
-
-WITHIN_SECONDS = 30.0
-
-
-class Centre:
-    """A coordinator up to the login, in a thread; what it sees is kept."""
-
-    def __init__(self, store: Path) -> None:
-        self.store, self.guard = store, Guard(store)
-        self.router = Router("tcp://127.0.0.1:*", self.guard)
-        roster = Roster(100, "1.0")
-        self.desk = Desk(self.router, roster, Nodes(), time.monotonic, self.guard)
-        self.logins: list[str] = []
-        self.gone: list[tuple[str, str]] = []
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
-
-    def _work(self) -> None:
-        while not self._is_over.is_set():
-            for arrival in self.desk.receive(0.02):
-                if isinstance(arrival, LoggedIn):
-                    self.logins.append(arrival.member.name)
-            for member, reason in self.desk.keep_alive():
-                self.gone.append((member.name, reason))
-                self.desk.drop(member)
-
-    def token(self, uses: int = 1, valid_seconds: float = 600.0) -> Token:
-        return enrolled.new_token(self.store, valid_seconds, uses)
-
-    def close(self) -> None:
-        self._is_over.set()
-        self._thread.join()
-        self.router.close()
-
-
-@pytest.fixture
-def centre(tmp_path: Path) -> Iterator[Centre]:
-    centre = Centre(tmp_path / "centre")
-    yield centre
-    centre.close()
 
 
 @pytest.fixture
@@ -73,7 +28,7 @@ def dealers() -> Iterator[Callable[[Centre, Identity], Dealer]]:
     made: list[Dealer] = []
 
     def make(centre: Centre, identity: Identity) -> Dealer:
-        made.append(Dealer(centre.router.endpoint, identity))
+        made.append(Dealer(centre.endpoint, identity))
         return made[-1]
 
     yield make
@@ -84,15 +39,8 @@ def dealers() -> Iterator[Callable[[Centre, Identity], Dealer]]:
 Dealers = Callable[[Centre, Identity], Dealer]
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WITHIN_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.01)  # a poll of another thread, not a guess at its speed
-
-
 def admission(centre: Centre, directory: Path, name: str, token: Token | None = None) -> Admission:
-    return Admission(centre.router.endpoint, name, directory, token, WITHIN_SECONDS)
+    return Admission(centre.endpoint, name, directory, token, WITHIN_SECONDS)
 
 
 def hello(name: str, login: int = 1, client: int = 0) -> Hello:
@@ -115,6 +63,14 @@ def told(dealer: Dealer) -> ToNode:
     pytest.fail("the coordinator says nothing")
 
 
+def hear_the_end(dealer: Dealer) -> None:
+    """Until the coordinator has closed the connection."""
+    deadline = time.monotonic() + WITHIN_SECONDS
+    while not dealer.lost_one():
+        assert time.monotonic() < deadline, "the connection is not cut"
+        dealer.recv(0.1)
+
+
 def test_a_token_enrols_once_and_then_no_more(
     centre: Centre, tmp_path: Path, dealers: Dealers
 ) -> None:
@@ -122,7 +78,7 @@ def test_a_token_enrols_once_and_then_no_more(
     identity = admission(centre, tmp_path / "a", "a", token).identity()
     assert admission(centre, tmp_path / "a", "a").identity() == identity  # needs it no more
     log_in(dealers(centre, identity), "a")
-    wait_for(lambda: centre.logins == ["a"], "a is logged in")
+    centre.until(lambda: centre.logins == ["a"], "a is logged in")
     with pytest.raises(RefusedError, match="does not admit this token: used, expired"):
         admission(centre, tmp_path / "b", "b", token).identity()
     assert centre.guard.refused["used token"] >= 1
@@ -158,8 +114,8 @@ def test_a_name_that_is_taken_is_not_given_away_and_the_token_stays_good(
 def test_a_token_is_for_enrolling_only(centre: Centre, dealers: Dealers) -> None:
     dealer = dealers(centre, centre.token().identity)
     log_in(dealer, "a")
-    wait_for(lambda: centre.guard.refused["not an enrolment"] == 1, "it is refused")
-    wait_for(lambda: dealer.recv(0.05) is None and dealer.lost_one(), "it is cut off")
+    centre.until(lambda: centre.guard.refused["not an enrolment"] == 1, "it is refused")
+    hear_the_end(dealer)
     assert centre.logins == []
 
 
@@ -170,9 +126,9 @@ def test_an_enrolled_node_cannot_enrol_others(
     dealer = dealers(centre, identity)
     log_in(dealer, "a")
     dealer.send(to_coordinator.pack(Enroll(node="b", key=bytes(32))))
-    wait_for(lambda: centre.logins == ["a"], "a is logged in")
+    centre.until(lambda: centre.logins == ["a"], "a is logged in")
     log_in(dealer, "a", login=2)  # behind the other message
-    wait_for(lambda: centre.logins == ["a", "a"], "a is logged in again")
+    centre.until(lambda: centre.logins == ["a", "a"], "a is logged in again")
     assert enrolled.read(centre.store).nodes == {"a": identity.own.public}
 
 
@@ -183,21 +139,21 @@ def test_a_key_that_is_revoked_while_connected_is_cut_off_and_told(
     a, b = (dealers(centre, admission(centre, tmp_path / n, n, token).identity()) for n in "ab")
     log_in(a, "a")
     log_in(b, "b", client=1)
-    wait_for(lambda: sorted(centre.logins) == ["a", "b"], "both are logged in")
+    centre.until(lambda: sorted(centre.logins) == ["a", "b"], "both are logged in")
     enrolled.change(centre.store, lambda now: now.revoke("a"))
     with pytest.raises(KeyRefusedError, match="does not admit key"):
         told(a)
-    wait_for(lambda: centre.gone == [("a", "its key was revoked")], "the coordinator knows")
+    centre.until(lambda: centre.gone == [("a", "its key was revoked")], "the coordinator knows")
     assert centre.guard.refused["revoked key"] >= 1
     log_in(b, "b", login=2, client=1)
-    wait_for(lambda: centre.logins.count("b") == 2, "b goes on")
+    centre.until(lambda: centre.logins.count("b") == 2, "b goes on")
 
 
 def test_a_name_belongs_to_one_key(centre: Centre, tmp_path: Path, dealers: Dealers) -> None:
     token = centre.token(uses=2)
     a, b = (dealers(centre, admission(centre, tmp_path / n, n, token).identity()) for n in "ab")
     log_in(a, "a")
-    wait_for(lambda: centre.logins == ["a"], "a is logged in")
+    centre.until(lambda: centre.logins == ["a"], "a is logged in")
     log_in(b, "a", login=9)
     refusal = told(b)
     assert isinstance(refusal, Refuse)
@@ -212,7 +168,7 @@ def test_the_same_key_is_back_at_once(centre: Centre, tmp_path: Path, dealers: D
     identity = admission(centre, tmp_path / "a", "a", centre.token()).identity()
     old = dealers(centre, identity)
     log_in(old, "a")
-    wait_for(lambda: centre.logins == ["a"], "a is logged in")
+    centre.until(lambda: centre.logins == ["a"], "a is logged in")
     log_in(dealers(centre, identity), "a", login=2)
     refusal = told(old)
     assert isinstance(refusal, Refuse)
@@ -237,7 +193,7 @@ def test_another_runs_key_is_refused_and_counted(
     dealer = dealers(centre, theirs)  # and as it was made: it trusts another coordinator
     log_in(dealer, "a")
     counted = centre.guard.refused
-    wait_for(lambda: counted["another coordinator's key"] > 0, "it is counted")
+    centre.until(lambda: counted["another coordinator's key"] > 0, "it is counted")
     assert centre.logins == []
 
 

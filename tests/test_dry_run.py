@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ from typing import Any
 import pytest
 
 from coordinator import enrolled
-from coordinator.desk import Desk
-from coordinator.guard import Guard
-from coordinator.roster import Roster
 from protocol import keys
-from protocol.experiment import Nodes
-from protocol.router import Router
+from tests.centre import Centre, centre
+
+__all__ = ["centre"]  # the fixture
 
 ROOT = Path(__file__).parent.parent
 MOST_BYTES = 60_000_000  # of memory that a node takes before torch
@@ -42,43 +39,22 @@ def dry_run(*options: str, environment: dict[str, str] | None = None) -> tuple[i
     return done.returncode, report
 
 
-class Centre:
-    """A coordinator up to the login, in a thread."""
-
-    def __init__(self, store: Path | None) -> None:
-        self.router = Router("tcp://127.0.0.1:*", guard := Guard(store))
-        self.endpoint, self.guard = self.router.endpoint, guard
-        self._desk = Desk(self.router, Roster(9, "1.0"), Nodes(), lambda: 0.0, guard)
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
-
-    def _work(self) -> None:
-        while not self._is_over.is_set():
-            assert not list(self._desk.receive(0.02)), "a dry run logs in nowhere"
-
-    def close(self) -> None:
-        self._is_over.set()
-        self._thread.join()
-        self.router.close()
-
-
 @pytest.fixture
-def centre(tmp_path: Path) -> Iterator[Centre]:
-    centre = Centre(tmp_path / "centre")
+def unvisited(centre: Centre) -> Iterator[Centre]:
     yield centre
     centre.close()
+    assert centre.arrivals == [], "a dry run logs in nowhere"
 
 
 def test_a_node_takes_at_most_60_mb_before_torch_and_says_so(
-    centre: Centre, tmp_path: Path
+    unvisited: Centre, tmp_path: Path
 ) -> None:
-    token = enrolled.new_token(tmp_path / "centre", 600.0, 1)
+    token = unvisited.token()
     store = tmp_path / "board"
     pair = keys.make(store, "board")
     keys.pin(store, token.coordinator)
-    enrolled.change(tmp_path / "centre", lambda e: e.enroll("board", pair.public))
-    at = ("--coordinator", centre.endpoint, "--name", "board", "--clients", "0-3")
+    enrolled.change(unvisited.store, lambda e: e.enroll("board", pair.public))
+    at = ("--coordinator", unvisited.endpoint, "--name", "board", "--clients", "0-3")
     rest = ("--keys", str(store), "--max-memory", "1GB", "--state", str(tmp_path / "state"))
     code, report = dry_run(*at, *rest, "--energy", "echo 7")
     assert (code, report["problems"]) == (0, [])
@@ -123,19 +99,19 @@ def test_each_fault_is_named_and_the_first_one_gives_the_code(tmp_path: Path) ->
 
 
 def test_a_key_that_is_not_enrolled_is_a_refusal_and_with_a_token_is_not(
-    centre: Centre, tmp_path: Path
+    unvisited: Centre, tmp_path: Path
 ) -> None:
-    token = enrolled.new_token(tmp_path / "centre", 600.0, 1)
+    token = unvisited.token()
     store = tmp_path / "board"
     keys.make(store, "board")
     keys.pin(store, token.coordinator)
-    at = ("--coordinator", centre.endpoint, "--name", "board", "--clients", "0")
+    at = ("--coordinator", unvisited.endpoint, "--name", "board", "--clients", "0")
     code, report = dry_run(*at, "--keys", str(store))
     assert code == 7
     assert "is not enrolled there yet" in report["problems"][0]
     code, report = dry_run(*at, "--keys", str(store), environment={"SEEDWIRE_TOKEN": token.text})
     assert (code, report["admitted"]) == (0, None)
-    assert enrolled.read(tmp_path / "centre").nodes == {}  # it is still good
+    assert enrolled.read(unvisited.store).nodes == {}  # it is still good
 
 
 def test_nobody_at_the_port_is_the_networks_code() -> None:
