@@ -9,9 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
+
+from deploy.lab.lab import missing
 
 # two tests at once, of two people, do not meet
 NETWORK = f"10.{64 + os.getpid() % 64}.{os.getpid() // 64 % 256}.0/24"
+
+
+def marks(timeout_seconds: int) -> list[pytest.MarkDecorator]:
+    """Of a file whose tests need a lab: where none can be, each says why it is skipped."""
+    why = missing()
+    return [
+        pytest.mark.lab,
+        pytest.mark.timeout(timeout_seconds),
+        pytest.mark.skipif(why is not None, reason=f"{why}"),
+    ]
 
 
 @dataclass

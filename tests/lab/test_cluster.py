@@ -16,15 +16,10 @@ import msgspec
 import pytest
 import tomli_w
 
-from deploy.lab.lab import cut, mend, missing
-from tests.lab.emulated import NETWORK, Emulated
+from deploy.lab.lab import cut, mend
+from tests.lab.emulated import NETWORK, Emulated, marks
 
-WHY = missing()
-pytestmark = [
-    pytest.mark.lab,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(WHY is not None, reason=f"{WHY}"),
-]
+pytestmark = marks(900)
 LAB = f"""
 [lab]
 network = "{NETWORK}"

@@ -13,15 +13,9 @@ import msgspec
 import pytest
 
 from deploy.lab.host import PYTHON
-from deploy.lab.lab import missing
-from tests.lab.emulated import NETWORK, Emulated, is_alive, processes, things
+from tests.lab.emulated import NETWORK, Emulated, is_alive, marks, processes, things
 
-WHY = missing()
-pytestmark = [
-    pytest.mark.lab,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(WHY is not None, reason=f"{WHY}"),
-]
+pytestmark = marks(300)
 LAB = f"""
 [lab]
 network = "{NETWORK}"
