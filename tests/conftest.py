@@ -6,6 +6,7 @@ And keys of the tests' own: no test may see or touch those of whoever runs it.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -21,3 +22,12 @@ def _own_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEEDWIRE_KEYS", str(tmp_path_factory.mktemp("keys")))
         yield
+
+
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """Commands take SIGINT and SIGTERM for their process, which is the tests' own here."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -15,7 +15,7 @@ from fedalgos.space import ParamSpace
 from protocol import kernels, payload
 from protocol.noise import Direction
 from protocol.parts import TensorInfo
-from protocol.payload import Flat, Payload
+from protocol.payload import Flat, Payload, Scalars
 
 Exact = npt.NDArray[np.float64]
 Batches = Callable[[int, int], Sequence[Batch]]  # of a client in a round
@@ -23,6 +23,12 @@ Batches = Callable[[int, int], Sequence[Batch]]  # of a client in a round
 
 def f32(*xs: float) -> Flat:
     return np.array(xs, np.float32)
+
+
+def scalars_of(payload: Payload) -> list[float]:
+    assert isinstance(payload, Scalars)
+    values: list[float] = payload.values.tolist()
+    return values
 
 
 class Numpy(ABC):

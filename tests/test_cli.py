@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,8 @@ from typer.testing import CliRunner
 
 import seedwire
 from node.options import checked_name, parse_clients
+
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 ROOT = Path(__file__).parent.parent
 RUNNER = CliRunner()
@@ -31,15 +31,6 @@ name = "fedavg"
 [rounds]
 count = 1
 """
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """The commands take SIGINT and SIGTERM for their process, which is ours here."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

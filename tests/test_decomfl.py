@@ -20,6 +20,7 @@ from tests.oracles import (
     f32,
     over_the_wire,
     play,
+    scalars_of,
     space_of,
     towards,
 )
@@ -39,12 +40,6 @@ def made(**o: object) -> Method[None]:
 def z_of(round: int, k: int, p: int) -> Exact:
     """No client in the key: -1 is for all."""
     return noise.normals(noise.key("direction", SEED, round, -1, k, p), 0, D).astype(np.float64)
-
-
-def values_of(payload: Payload) -> list[float]:
-    assert isinstance(payload, Scalars)
-    values: list[float] = payload.values.tolist()
-    return values
 
 
 LINEAR = {c: np.random.default_rng(c).normal(size=D).astype(np.float32) for c in (0, 3, 4)}
@@ -110,7 +105,7 @@ def test_the_directions_are_common_to_the_clients_and_new_in_every_round_step_an
 
     def sent(round: int, client: int) -> list[float]:
         work = Work(round, Assignment(client))
-        return values_of(method.local(START, Quadratic(ONES), [None] * 2, work)[0])
+        return scalars_of(method.local(START, Quadratic(ONES), [None] * 2, work)[0])
 
     assert sent(1, 0) == sent(1, 99)
     every = sent(1, 0) + sent(2, 0) + sent(3, 0)
@@ -136,7 +131,7 @@ def test_the_mean_is_taken_in_fp64_and_rounded_once() -> None:
     method = made()
     sent = [contribution(Scalars((Run(c, 1),), f32(g)), c) for c, g in enumerate([1e8, 1, -1e8])]
     _, step = method.aggregate(None, START, 1, sent)
-    assert values_of(step) == [float(np.float32(1 / 3))]
+    assert scalars_of(step) == [float(np.float32(1 / 3))]
 
 
 def test_a_step_by_hand() -> None:

@@ -19,6 +19,7 @@ from tests.oracles import (
     f32,
     over_the_wire,
     play,
+    scalars_of,
     space_of,
     towards,
 )
@@ -30,12 +31,6 @@ ONES = np.ones(D, np.float32)
 
 def z_of(round: int, client: int, step: int) -> Flat:
     return noise.normals(noise.key("direction", SEED, round, client, step, 0), 0, D)
-
-
-def scalars_of(payload: Payload) -> list[float]:
-    assert isinstance(payload, Scalars)
-    values: list[float] = payload.values.tolist()
-    return values
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.1, 10.0])

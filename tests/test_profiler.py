@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ from protocol.noise import Direction
 from seedwire import app
 
 torch.set_num_threads(1)
+
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 KINDS = ("lora", "adapter", "bitfit")
 TABLE = """
@@ -49,15 +49,6 @@ count = 1
 name = "fwdllm"
 batch_size = 4
 """
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """The command takes SIGINT and SIGTERM for its process, which is ours here."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -257,7 +256,7 @@ def invoke(*arguments: object, code: int = 0) -> str:
     return result.stdout if code == 0 else result.stderr
 
 
-@pytest.mark.usefixtures("handlers")
+@pytest.mark.usefixtures("signal_handlers")
 class TestCommands:
     def test_list_has_a_row_for_each_run_and_ignores_the_rest(self, run: Run) -> None:
         two_nodes(run)
@@ -337,12 +336,3 @@ class TestCommands:
             for process in (mine, node, stranger):
                 process.kill()
                 process.communicate()
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The commands take SIGINT and SIGTERM for their process, which is ours here."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
