@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from msgspec import NODEFAULT, Struct
+from msgspec.structs import replace
 
 from coordinator.archive import Archive
 from coordinator.central import Central
@@ -35,6 +36,7 @@ from protocol.blobs import (
     INLINE_BYTES,
     WINDOW,
 )
+from protocol.channel import Channel, to_coordinator, to_node
 from protocol.errors import SeedwireError
 from protocol.experiment import Experiment
 from protocol.keys import Token
@@ -48,10 +50,13 @@ from protocol.messages import (
     Pull,
     Refuse,
     Score,
+    Step,
     Task,
     ToCoordinator,
     ToNode,
+    Update,
 )
+from protocol.meter import zmtp_bytes
 from protocol.parts import Cost, Phase, TensorInfo
 from protocol.payload import Blocks, Dense, Payload, Run, Scalars, Sparse, Spec, encode, spec_of
 from protocol.process import INTERRUPTED
@@ -306,6 +311,48 @@ def test_every_method_has_a_section_that_names_its_settings(kind: type[Settings]
     assert not [name for name in own if f"`{name}`" not in part]
     (shared,) = [p for p in text.split("\n## ") if p.startswith("1. ")]
     assert not [name for name in Settings.__struct_fields__ if f"`{name}" not in shared]
+
+
+def on_wire(channel: Channel[Any], message: Message, payload: Payload | None = None) -> int:
+    """A message's bytes, without keys."""
+    frames = channel.pack(message, None if payload is None else encode(payload))
+    return sum(zmtp_bytes(len(frame)) for frame in frames)
+
+
+def step_bytes(*runs: Run) -> int:
+    """Those of a step along scalars, its payload left out."""
+    scalars = Scalars(runs, np.ones(sum(run.count for run in runs), np.float32))
+    step = Step(version=7, round=7, digest=bytes(16), payload=spec_of(scalars))
+    return on_wire(to_node, step, scalars) - scalars.values.nbytes
+
+
+def test_the_methods_page_has_the_sizes_of_messages() -> None:
+    scalar = Scalars((Run(3, 1),), np.ones(1, np.float32))
+    update = Update(round=7, client=3, examples=16, loss=0.61, payload=spec_of(scalar))
+    costs = (Cost("train", 1.2, 1 << 30), Cost("encode", 0.001, 1 << 30), Cost("wait", 0.2))
+    bare = on_wire(to_coordinator, update, scalar)
+    costly = on_wire(to_coordinator, replace(update, costs=costs), scalar)
+    task = Task(round=7, client=3, version=6)
+    plain = on_wire(to_node, task)
+    near, far = (on_wire(to_node, replace(task, picks=(p,))) - plain for p in (1, 1 << 32))
+    empty = step_bytes()
+    few = step_bytes(Run(0, 8, 0.01)) - empty
+    many = step_bytes(Run(0, 100_000, 0.01, 1, (1 << 32,))) - empty
+    absent = step_bytes(Run(0, 0), Run(3, 1, 0.01, 16)) - step_bytes(Run(3, 1, 0.01, 16))
+    runs = [step_bytes(Run(c, 1, 0.01, n)) - empty for c, n in ((3, 16), (999_999, 70_000))]
+    text = " ".join(page("methods.md").split())
+    for quoted in (
+        f"one scalar is {bare} bytes on the wire",
+        f"three phases of costs add {costly - bare};",
+        f"a `task` is {plain}, a `beat` {on_wire(to_node, Beat())}.",
+        f"each frame is {zmtp_bytes(1, 'curve') - zmtp_bytes(1)} more",
+        f"{near} to {far} bytes with the field's name",
+        f"{few} to {many} bytes longer than an empty one",
+        f"An empty step is {empty} bytes",
+        f"run is empty ({absent} bytes)",
+        f"some {runs[0]} to {runs[1]} bytes beside its 4 K",
+    ):
+        assert quoted in text, quoted
 
 
 # --- errors.md -------------------------------------------------------------------
