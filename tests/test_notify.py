@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,19 +26,27 @@ pytestmark = [pytest.mark.net, pytest.mark.timeout(600)]
 PATIENCE_SECONDS = 240.0  # on a busy machine two processes load torch in minutes
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.02)  # a poll of another process, not a guess at its speed
+@pytest.fixture
+def listen(tmp_path: Path) -> Iterator[Callable[[str], socket.socket]]:
+    """Be the systemd of processes, each with a socket of its own."""
+    made: list[socket.socket] = []
+
+    def make(name: str) -> socket.socket:
+        made.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        made[-1].bind(str(tmp_path / name))
+        return made[-1]
+
+    yield make
+    for manager in made:
+        manager.close()
 
 
 @pytest.fixture
-def manager(tmp_path: Path) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.setblocking(False)
-        yield manager
+def manager(listen: Listen) -> socket.socket:
+    return listen("notify")
+
+
+Listen = Callable[[str], socket.socket]
 
 
 def told(manager: socket.socket) -> list[str]:
@@ -45,7 +54,7 @@ def told(manager: socket.socket) -> list[str]:
     said: list[str] = []
     while True:
         try:
-            said += manager.recv(4096).decode().splitlines()
+            said += manager.recv(4096, socket.MSG_DONTWAIT).decode().splitlines()
         except BlockingIOError:
             return said
 
@@ -110,12 +119,11 @@ def test_an_abstract_socket_and_one_whose_reader_is_gone() -> None:
 
 
 @contextmanager
-def process(arguments: list[str], manager: socket.socket | None, cwd: Path) -> Iterator[int]:
+def process(arguments: list[str], manager: socket.socket, cwd: Path) -> Iterator[int]:
     """A process of ours as systemd would start it: its id."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("SEEDWIRE")}
     env |= {"PYTHONSAFEPATH": "1", "GOMP_SPINCOUNT": "0"}
-    if manager is not None:
-        env |= {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "400000"}
+    env |= {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "400000"}
     with (cwd / f"{arguments[0]}.log").open("w") as log:
         line = [sys.executable, "-m", *arguments]
         child = subprocess.Popen(line, cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -131,80 +139,91 @@ def process(arguments: list[str], manager: socket.socket | None, cwd: Path) -> I
 
 
 class Watch:
-    """What has been told so far, with the time of each line."""
+    """What processes have told so far, by the name of each; one that is not heard is held up."""
 
-    def __init__(self, manager: socket.socket) -> None:
-        self._manager, self.said = manager, list[str]()
+    def __init__(self, **managers: socket.socket) -> None:
+        self.said: dict[str, list[str]] = {name: [] for name in managers}
+        self._managers, self._selector = managers, selectors.DefaultSelector()
+        for manager in managers.values():
+            self._selector.register(manager, selectors.EVENT_READ)
 
-    def has(self, words: str) -> Callable[[], bool]:
-        """Whether a line with these words has come."""
+    def hear(self) -> None:
+        """Take all that is here."""
+        for name, manager in self._managers.items():
+            self.said[name] += told(manager)
 
-        def look() -> bool:
-            self.said += told(self._manager)
-            return any(words in one for one in self.said)
+    def until(self, who: str, words: str, what: str, times: int = 1) -> None:
+        """Wait for lines with these words, those that came before included."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while sum(words in line for line in self.said[who]) < times:
+            heard = self._selector.select(deadline - time.monotonic())
+            assert heard, f"never happened: {what}"
+            self.hear()
 
-        return look
+    def until_more(self, who: str, words: str, times: int, what: str) -> None:
+        """Wait for so many from now on."""
+        self.hear()
+        self.until(who, words, what, times + sum(words in line for line in self.said[who]))
 
-    def counts(self, line: str, number: int) -> Callable[[], bool]:
-        """Whether it has come so often from now on."""
-        self.has("")()
-        before = self.said.count(line)
-
-        def look() -> bool:
-            self.said += told(self._manager)
-            return self.said.count(line) >= before + number
-
-        return look
+    def close(self) -> None:
+        self._selector.close()
 
 
 @pytest.mark.slow
 def test_a_node_is_ready_once_logged_in_and_beats_also_while_a_long_task_runs(
-    manager: socket.socket, experiment: Path, tmp_path: Path
+    listen: Listen, experiment: Path, tmp_path: Path
 ) -> None:
     """Until it hangs: a stopped process is one whose loop does not turn."""
-    watch, run = Watch(manager), tmp_path / "run"
+    run, managers = tmp_path / "run", {who: listen(who) for who in ("node", "centre")}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     node = ["node", "--coordinator", endpoint, "--clients", "0-3", "--insecure", "--threads", "1"]
     centre = ["coordinator", "--experiment", str(experiment), "--directory", str(run)]
     centre += ["--bind", endpoint, "--insecure", "--set", "method.steps=100000"]
-    with process(node, manager, tmp_path) as pid:
-        wait_for(watch.has("STATUS=looking for a coordinator"), "the node looks")
-        wait_for(watch.counts("WATCHDOG=1", 3), "its loop turns meanwhile")
-        assert "READY=1" not in watch.said
-        with process(centre, None, tmp_path):
-            wait_for(watch.has("READY=1"), "it logs in")
-            wait_for(watch.has(f"STATUS=run {run.name}"), "it says which run")
-            wait_for(watch.has("round 1, client"), "it trains")
-            wait_for(watch.counts("WATCHDOG=1", 10), "its loop turns beside the task")
-            os.kill(pid, signal.SIGSTOP)
-            try:
-                watch.has("")()  # what was told before it stopped
-                silent_until = time.monotonic() + 1.0  # five times what a beat may take
-                while time.monotonic() < silent_until:
-                    assert not told(manager), "a node that hangs says nothing"
-                    time.sleep(0.05)
-            finally:
-                os.kill(pid, signal.SIGCONT)
-            wait_for(watch.counts("WATCHDOG=1", 1), "it goes on")
+    with closing(Watch(**managers)) as watch, process(node, managers["node"], tmp_path) as pid:
+        watch.until("node", "STATUS=looking for a coordinator", "the node looks")
+        watch.until_more("node", "WATCHDOG=1", 3, "its loop turns meanwhile")
+        assert "READY=1" not in watch.said["node"]
+        with process(centre, managers["centre"], tmp_path):
+            watch.until("node", "READY=1", "it logs in")
+            watch.until("node", f"STATUS=run {run.name}", "it says which run")
+            watch.until("node", "round 1, client", "it trains")
+            watch.until_more("node", "WATCHDOG=1", 10, "its loop turns beside the task")
+            with stopped(pid):
+                watch.hear()  # what was told before it stopped
+                before = len(watch.said["node"])
+                watch.until_more("centre", "WATCHDOG=1", 5, "the coordinator's loop turns")
+                assert len(watch.said["node"]) == before, "a node that hangs says nothing"
+            watch.until_more("node", "WATCHDOG=1", 1, "it goes on")
             assert not lines(run / "metrics.jsonl")[1:], "all this was one task"
             os.kill(pid, signal.SIGTERM)
-            wait_for(watch.has("STOPPING=1"), "it is told to leave")
-    assert watch.said.count("READY=1") == 1
+            watch.until("node", "STOPPING=1", "it is told to leave")
+    assert watch.said["node"].count("READY=1") == 1
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A child of ours that stands still."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), "it has ended instead"
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.slow
 def test_a_coordinator_is_ready_once_it_listens_and_says_how_far_it_is(
     manager: socket.socket, experiment: Path, tmp_path: Path
 ) -> None:
-    watch = Watch(manager)
     centre = ["coordinator", "--experiment", str(experiment), "--directory", str(tmp_path / "run")]
     centre += ["--bind", "tcp://127.0.0.1:*", "--insecure", "--no-evaluator"]
-    with process(centre, manager, tmp_path) as pid:
-        wait_for(watch.has("READY=1"), "it listens")
+    with closing(Watch(centre=manager)) as watch, process(centre, manager, tmp_path) as pid:
+        watch.until("centre", "READY=1", "it listens")
         assert (tmp_path / "run" / "coordinator.json").exists()
-        wait_for(watch.has("STATUS=0 nodes, 0 of 2 rounds done"), "it says so")
-        wait_for(watch.counts("WATCHDOG=1", 2), "its loop turns")
+        watch.until("centre", "STATUS=0 nodes, 0 of 2 rounds done", "it says so")
+        watch.until_more("centre", "WATCHDOG=1", 2, "its loop turns")
         os.kill(pid, signal.SIGTERM)
-        wait_for(watch.has("STOPPING=1"), "it ends")
+        watch.until("centre", "STOPPING=1", "it ends")
