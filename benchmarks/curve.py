@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import psutil
 
-from benchmarks.harness import Metric, alternate, progress, report
+from benchmarks.harness import Metric, alternate, no_arguments, progress, report
 from protocol.blobs import CHUNK_BYTES, WINDOW
 from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
@@ -145,6 +145,7 @@ class Line:
 
 def main() -> None:
     """Measure and report."""
+    no_arguments(__doc__)
     lines = [Line(is_secure=False), Line(is_secure=True)]
     metrics: dict[str, Metric] = {}
     for kind, repeats in (("scalar", SCALAR_ROUNDS), ("dense", DENSE_ROUNDS)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.harness import Metric, alternate, progress, report
+from benchmarks.harness import Metric, alternate, no_arguments, progress, report
 from benchmarks.jvp import MINILM, REPEATS, Bench, Call, peak_bytes, use_all_cores
 from protocol.experiment import Compute
 
@@ -20,6 +20,7 @@ MANY = 8
 
 def main() -> None:
     """Load, time in turn, report."""
+    no_arguments(__doc__)
     use_all_cores()
     bench = Bench(MINILM, Compute(directions=MANY))
     bench.check(bench.jvp(MANY))

@@ -15,7 +15,7 @@ import math
 import numpy as np
 import torch
 
-from benchmarks.harness import Metric, alternate, num_cores, progress, report
+from benchmarks.harness import Metric, alternate, no_arguments, num_cores, progress, report
 from fedalgos.ferret import Ferret, cut, ferret
 from fedalgos.space import ParamSpace
 from node import shapes
@@ -49,6 +49,7 @@ def vector(seed: int, size: int) -> torch.Tensor:
 
 def main() -> None:
     """Time in turn, report."""
+    no_arguments(__doc__)
     torch.set_num_threads(num_cores())
     kernels.use_threads(num_cores())
     space = smollm2()

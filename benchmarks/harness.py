@@ -8,6 +8,7 @@ metric with its value, its unit, which way is better and, where one is set, its 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -49,6 +50,12 @@ def report(name: str, metrics: Mapping[str, Metric]) -> None:
         for metric, m in metrics.items()
     }
     print(json.dumps({"benchmark": name, "machine": machine(), "metrics": found}), flush=True)
+
+
+def no_arguments(doc: str | None) -> None:
+    """Refuse every argument but ``--help``, which says what the benchmark is, before it begins."""
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=doc, formatter_class=raw).parse_args()
 
 
 def alternate(*functions: Callable[[], object], repeats: int) -> list[float]:

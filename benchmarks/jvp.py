@@ -30,7 +30,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import Metric, alternate, num_cores, progress, report
+from benchmarks.harness import Metric, alternate, no_arguments, num_cores, progress, report
 from node import model
 from node.data import Examples
 from node.oracle import TorchOracle
@@ -182,6 +182,7 @@ def measure(case: Case) -> tuple[dict[str, Metric], float]:
 
 def main() -> None:
     """Load, time in turn, report."""
+    no_arguments(__doc__)
     use_all_cores()
     metrics, _ = measure(MINILM)
     of_smollm2, short = measure(SMOLLM2)

@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import zmq
 
-from benchmarks.harness import Metric, progress, report
+from benchmarks.harness import Metric, no_arguments, progress, report
 from protocol import experiment as experiments
 from protocol import kernels
 from protocol.keys import Identity, KeyPair
@@ -325,6 +325,7 @@ def be_echo(port: str, repeats: str) -> None:
 
 
 def main() -> None:
+    no_arguments(__doc__)
     progress("scalar rounds")
     scalar = rounds(SCALAR, 8)
     progress("dense rounds")

@@ -17,7 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a node does, before torch 
 import numpy as np
 import torch
 
-from benchmarks.harness import Metric, alternate, num_cores, progress, report
+from benchmarks.harness import Metric, alternate, no_arguments, num_cores, progress, report
 from node import model
 from node.data import Examples
 from node.measure import Phases
@@ -57,6 +57,7 @@ def mezo_step(
 
 def main() -> None:
     """Load, time in turn, report."""
+    no_arguments(__doc__)
     torch.set_num_threads(num_cores())
     kernels.use_threads(num_cores())
     trained = model.load(
