@@ -67,18 +67,18 @@ def experiment(tmp_path: Path) -> Path:
     return written(tmp_path)
 
 
-def command(experiment: Path, directory: Path, *overrides: str) -> list[str]:
-    line = [sys.executable, "-m", "seedwire", "run", str(experiment), "--nodes", "2"]
+def command(experiment: Path, directory: Path, *overrides: str, nodes: int = 2) -> list[str]:
+    line = [sys.executable, "-m", "seedwire", "run", str(experiment), "--nodes", str(nodes)]
     line += ["--directory", str(directory), "--threads", "1"]
     for override in overrides:
         line += ["--set", override]
     return line
 
 
-def run(experiment: Path, directory: Path, *overrides: str) -> dict[str, Any]:
-    """A run that must succeed; its summary."""
+def run(experiment: Path, directory: Path, *overrides: str, nodes: int = 2) -> dict[str, Any]:
+    """A run that must succeed; its summary.  Each node, and the evaluator, loads torch."""
     done = subprocess.run(
-        command(experiment, directory, *overrides),
+        command(experiment, directory, *overrides, nodes=nodes),
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
@@ -161,7 +161,7 @@ def test_fedmezo_as_scalars_and_as_weights_ends_with_the_same_digest(
     method += 'signal="round-wise"}'
     ends = {}
     for wire in ("scalars", "weights"):
-        ends[wire] = run(experiment, tmp_path / wire, f"{method % wire}", "rounds.count=3")
+        ends[wire] = run(experiment, tmp_path / wire, method % wire, "rounds.count=3", nodes=1)
     scalars, weights = ends["scalars"], ends["weights"]
     assert scalars["digest"] == weights["digest"]
     assert scalars["loss"] == weights["loss"]
@@ -204,7 +204,7 @@ def test_a_causal_run_reports_perplexity_and_rouge_l(experiment: Path, tmp_path:
     data = f'data={{id="{tmp_path / "said.csv"}", task="causal", prompt="asked", '
     data += 'template="{prompt}? {text}", max_length=32, test=16, generate=4}'
     deal = 'partition={clients=3, kind="natural", column="who"}'
-    summary = run(experiment, tmp_path / "a", data, deal)
+    summary = run(experiment, tmp_path / "a", data, deal, nodes=1)
     assert summary["metric"]["name"] == "token accuracy"
     assert summary["loss"]["after"] < summary["loss"]["before"]
     for end in ("before", "after"):
