@@ -127,7 +127,7 @@ def parse_ranks(
 
 def parse_size(option: str, text: str) -> int:
     """Parse "200kB" into 200000; kB, MB and GB are powers of 1000."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kKMG]?)B?", text.strip())
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([kKMG]?)B?", text.strip())
     size = round(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " ")) if found else 0
     if not 0 < size <= 1 << 40:
         raise typer.BadParameter(f"{option} {text}: want a size as in 1500 or 200kB or 1.5GB")

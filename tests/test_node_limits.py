@@ -440,7 +440,7 @@ def test_limits_on_the_command_line() -> None:
     )
     assert parse_limits("", "1.5 GB", 0) == Limits(bytes=1_500_000_000)
     assert parse_limits("", "1500", 0) == Limits(bytes=1500)
-    for text in ("0", "-1", "9 TB", "9999GB", "x"):
+    for text in ("0", "-1", "9 TB", "9999GB", "x", "9" * 400):
         with pytest.raises(typer.BadParameter, match=r"--max-memory .*want a size"):
             parse_limits(text, "", 0)
         with pytest.raises(typer.BadParameter, match=r"--max-bytes .*want a size"):
