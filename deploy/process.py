@@ -22,6 +22,8 @@ def command_line() -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         del number, frame
+        # `timeout`, for one, sends it twice: what is done at the end is not to be cut short
+        signal.signal(signal.SIGTERM, lambda *_: None)
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):

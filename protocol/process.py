@@ -29,6 +29,8 @@ def command_line(lifeline: bool = False) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
+        # `timeout`, for one, sends it twice: what is done at the end is not to be cut short
+        signal.signal(signal.SIGTERM, lambda *_: None)
         raise Stopped
 
     for number in (signal.SIGINT, signal.SIGTERM):
