@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Files go to whichever of the processes is free, in order: the long ones, tests/faults, first.
+# Files go to whichever of the processes is free, in order: the long ones first (tests/conftest.py).
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo demo-quick demo-all experiments-quick test lab soak check format clean
