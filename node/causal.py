@@ -42,7 +42,7 @@ class CausalTask:
         self._model, self._tokenizer, self._data = trained.model, trained.tokenizer, data
         if not self._tokenizer.is_fast:
             raise ModelError("data.task causal needs a fast tokenizer, which knows its offsets")
-        self._device = trained.parameters[0].device
+        self._device = torch.device(trained.device)
         self._fixed = uncached.arguments(trained.core)
         self.label_rows: dict[nn.Module, torch.Tensor] = {}  # of the head all rows are wanted
         chunked.install(trained.core)

@@ -37,7 +37,7 @@ class TextTask:
         self._tokenizer = trained.tokenizer
         self._data = data
         self._is_prompt = data.task == "prompt"
-        self._device = trained.parameters[0].device
+        self._device = torch.device(trained.device)
         self._words = torch.tensor(self._word_ids(classes), device=self._device)
         takes = inspect.signature(trained.core.forward).parameters
         self._fixed = uncached.arguments(trained.core)

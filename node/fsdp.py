@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed, nn
@@ -32,18 +32,20 @@ from protocol.noise import Direction
 T = TypeVar("T")
 
 
-def place(model: nn.Module, device: str) -> None:
-    """Move all to the device but what will be dealt, which gets there block by block.
+def check(model: nn.Module) -> None:
+    """See that there is something to deal.
 
     Raises:
         ModelError: nothing of the model is both in a block and frozen.
     """
-    blocks = layout.blocks(model).values()
-    later = {id(p) for block in blocks for p in block.parameters() if not p.requires_grad}
-    if not later:
+    if not _dealt(model):
         raise ModelError("--fsdp deals frozen weights of a model's blocks; here there are none")
-    whole: Any = model
-    whole._apply(lambda tensor: tensor if id(tensor) in later else tensor.to(device))
+
+
+def _dealt(model: nn.Module) -> set[int]:
+    """The ids of the parameters that each rank keeps a part of."""
+    blocks = layout.blocks(model).values()
+    return {id(p) for block in blocks for p in block.parameters() if not p.requires_grad}
 
 
 def mesh(
@@ -75,8 +77,13 @@ def mesh(
     return init_device_mesh(kind, (size,))
 
 
-def deal(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave each rank its part of the frozen weights of every block."""
+def deal(model: nn.Module, mesh: DeviceMesh, device: str) -> None:
+    """Leave each rank its part of the frozen weights of every block, and move it to the device.
+
+    Until then all of the model is in the machine's memory: its parts are tried out one by one,
+    and it is run on a few tokens, which takes that it is in one place.
+    """
+    place(model, device)
     for block in layout.blocks(model).values():
         trained = {p for p in block.parameters() if p.requires_grad}
         # each is a root of its own: how the model gets from one to the next is its own affair
@@ -84,6 +91,12 @@ def deal(model: nn.Module, mesh: DeviceMesh) -> None:
     for p in model.parameters():
         if not p.requires_grad and not isinstance(p, DTensor) and p.device.type == "cpu":
             p.data = p.data.clone()  # the file it was read from stays in memory as long as it does
+
+
+def place(model: nn.Module, device: str) -> None:
+    """Move all to the device but what is dealt, which gets there block by block."""
+    later, whole = _dealt(model), cast("Any", model)  # its types lack this
+    whole._apply(lambda tensor: tensor if id(tensor) in later else tensor.to(device))
 
 
 class DealtOracle(SharedOracle):

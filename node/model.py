@@ -35,6 +35,7 @@ class TrainedModel:
         parameters: the tensors themselves, fp32, in the order of ``infos``.
         names: their names in ``model.named_parameters()``, same order.
         source: what the base was loaded from.
+        device: where it is, or with ``deals`` will be.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class TrainedModel:
     parameters: list[nn.Parameter]
     names: list[str]
     source: str = ""
+    device: str = "cpu"
 
     @property
     def core(self) -> Any:
@@ -76,11 +78,11 @@ def load(
     """Load a model for a task and choose what is trained.
 
     With ``full`` nothing is frozen, and the model is fp32 even if ``model.dtype`` is bf16.
-    What ``deals`` will share out among ranks is not yet on the device.
+    A model that is to be dealt among ranks stays in the machine's memory until ``fsdp.deal``.
 
     Raises:
         ModelError: the model is not there, is not of the task's kind, or lacks the
-            layers or modules that ``peft`` names.
+            layers or modules that ``peft`` names; nothing is there to be dealt.
     """
     dtype = "fp32" if peft.kind == "full" else model.dtype
     with base_models.quiet():
@@ -100,7 +102,7 @@ def load(
     if deals:
         from node import fsdp  # few need it, and it takes a while
 
-        fsdp.place(whole, device)
+        fsdp.check(whole)
     else:
         whole.to(device)
     by_name = {name: p for name, p in whole.named_parameters() if p.requires_grad}
@@ -110,7 +112,8 @@ def load(
         TensorInfo(name=_saved(name), shape=tuple(by_name[name].shape), unit=units[name])
         for name in names
     )
-    return TrainedModel(whole, tokenizer, infos, [by_name[n] for n in names], names, model.id)
+    parameters = [by_name[n] for n in names]
+    return TrainedModel(whole, tokenizer, infos, parameters, names, model.id, device)
 
 
 def _head(base: Any, fresh: set[str]) -> list[str]:

@@ -40,13 +40,11 @@ class TorchOracle:
         self._shapes = [tuple(p.shape) for p in self._parameters]
         self._sizes = [p.numel() for p in self._parameters]
         flat = torch.cat([p.detach().reshape(-1) for p in self._parameters])
-        self._flat = flat
-        for parameter, part in zip(self._parameters, self._parts(flat), strict=True):
-            parameter.data = part  # from here on the model's own tensors are views
+        self._hold(flat)
         self._starts = list(itertools.accumulate(self._sizes, initial=0))
         pairs = zip(self._parameters, self._starts, strict=False)
         self._offsets = {id(p): start for p, start in pairs}
-        self._model = trained.model
+        self._model, self._device = trained.model, trained.device
         if self._compute.checkpointing:
             checkpointing.enable(trained.model)
         self._shifter = Shifter(trained.model, self._offsets, task.label_rows)
@@ -56,7 +54,14 @@ class TorchOracle:
         from node import fsdp  # few need it, and it takes a while
 
         self._forward  # noqa: B018  # looks at whole weights, for the last time
-        fsdp.deal(self._model, mesh)
+        fsdp.deal(self._model, mesh, self._device)
+        self._hold(self._flat.to(self._device))
+
+    def _hold(self, flat: torch.Tensor) -> None:
+        """Have this buffer: from here on the model's own tensors are views of it."""
+        self._flat = flat
+        for parameter, part in zip(self._parameters, self._parts(flat), strict=True):
+            parameter.data = part
 
     @cached_property
     def _forward(self) -> Forward:

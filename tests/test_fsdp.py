@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from node import layout
+from node import fsdp, layout
 from node.engine import Ranks, Setup
 from node.lead import Lead
 from node.worker import Worker
@@ -109,6 +109,20 @@ def test_a_fault_inside_of_a_pass_fails_the_task_and_not_the_node(
             failed = told(lead.run(TASK, None), Failed)
         assert "a pass of a dealt model broke off: OutOfMemoryError: no more" in failed.reason
         np.testing.assert_allclose(sent(lead.run(TASK, None)), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_is_tried_out_before_its_parts_are_in_different_places(csv: Path) -> None:
+    """On a CPU alone all places are one; the device "meta" takes no numbers from another."""
+    setup = Setup((0, 1), device="meta", threads=1, ranks=Ranks(2, fsdp=True))
+    trainee: Any = Worker(causal(csv, **FEDAVG), setup).trainee
+    model = trainee._trained.model
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    fsdp.place(model, "meta")
+    later = {id(p) for b in layout.blocks(model).values() for p in b.parameters()}
+    for parameter in model.parameters():
+        stays = id(parameter) in later and not parameter.requires_grad
+        assert parameter.device.type == ("cpu" if stays else "meta")
+    assert trainee.batch(0, np.arange(2)).labels.device.type == "meta"
 
 
 def test_a_model_with_nothing_frozen_is_refused(csv: Path) -> None:
