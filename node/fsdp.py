@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from fedalgos.method import Batch, Vector
 from node import layout
-from node.group import said
+from node.group import Group, said
 from node.ranks import GroupError
 from node.shared import Ranges, SharedOracle, span
 from protocol.errors import ModelError
@@ -99,6 +99,21 @@ def place(model: nn.Module, device: str) -> None:
     whole._apply(lambda tensor: tensor if id(tensor) in later else tensor.to(device))
 
 
+def in_step(group: Group, compute: Callable[[], T]) -> T:
+    """What ``compute`` gives, whose passes take all ranks.
+
+    Raises:
+        RankError: another rank cannot go on, and has said so before it began.
+        GroupError: a rank is gone, or failed inside of a pass: the others wait there.
+    """
+    group.exchange([])  # who cannot go on says so here, not in the middle of a pass
+    try:
+        return compute()
+    except Exception as error:
+        group.is_broken = True
+        raise GroupError(f"a pass of a dealt model broke off: {said(error)}") from error
+
+
 class DealtOracle(SharedOracle):
     """Of a dealt model: rows are shared for gradients; all else every rank computes for itself."""
 
@@ -140,9 +155,4 @@ class DealtOracle(SharedOracle):
         return -(-rows // (self._micro_batch or rows or 1))
 
     def _in_step(self, compute: Callable[[], T]) -> T:
-        self._group.exchange([])  # who cannot go on says so here, not in the middle of a pass
-        try:
-            return compute()
-        except Exception as error:
-            self._group.is_broken = True
-            raise GroupError(f"a pass of a dealt model broke off: {said(error)}") from error
+        return in_step(self._group, compute)

@@ -68,13 +68,19 @@ class Meeting:
 
 
 def share(worker: Worker, group: Group) -> Outcome:
-    """From now on the worker's local runs are the whole group's; what it has loaded."""
-    kind = SharedOracle
-    if group.mesh is not None:
-        from node import fsdp
+    """From now on the worker's local runs are the whole group's; what it has loaded.
 
-        kind = fsdp.DealtOracle
-        worker.trainee.deal(group.mesh)
-    worker.oracle = kind(worker.trainee.oracle, group, worker.micro_batch)
-    with group.noticing():  # a dealt model infers on all ranks or none
+    Raises:
+        GroupError: a rank is gone, or could not take its part of a model that is dealt.
+    """
+    if group.mesh is None:
+        worker.oracle = SharedOracle(worker.trainee.oracle, group, worker.micro_batch)
         return worker.ready()
+    from node import fsdp
+
+    def deal() -> Outcome:
+        worker.trainee.deal(group.mesh)
+        worker.oracle = fsdp.DealtOracle(worker.trainee.oracle, group, worker.micro_batch)
+        return worker.ready()
+
+    return fsdp.in_step(group, deal)  # a dealt model infers on all ranks or none

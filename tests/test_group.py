@@ -6,14 +6,18 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from torch import distributed
 
 from fedalgos.method import Batch, Vector
+from node.fsdp import DealtOracle
 from node.group import ROOM, Group, gathered
+from node.measure import LimitError
+from node.meeting import share
 from node.orders import receive, send
 from node.ranks import GroupError, RankError
 from node.shared import SharedOracle, span
@@ -305,6 +309,85 @@ def test_rows_are_shared_and_gradients_count_by_their_weight(three: Together) ->
         assert cut == pytest.approx([0, 5 / 8])
         assert (alone_loss, alone.tolist()) == (4.0, [2.0, 2.0])  # two ranks without a row
         assert told == [[(3,), (3,)], [(1,), (1,)], [(2, 2), (2, 2), (2,)]][rank]
+
+
+# --- a model that is dealt --------------------------------------------------------
+
+
+def test_every_rank_makes_as_many_passes_as_the_one_with_most_rows(three: Together) -> None:
+    """Four rows are 1, 1 and 2; by micro-batches of one the last rank has two passes."""
+
+    def job(group: Group) -> Any:
+        oracle = DealtOracle(Noting(f32(0, 0)), group, micro_batch=1)
+        loss, gradient = oracle.grad(f32(1, 1), ROWS)
+        _, alone = oracle.grad(f32(1, 1), ROWS.rows(2, 3))
+        return loss, gradient.tolist(), alone.tolist(), asked.pop(threading.get_ident())
+
+    for rank, (loss, gradient, alone, told) in enumerate(three.each(job)):
+        assert loss == pytest.approx(22 / 8)
+        assert gradient == pytest.approx([17 / 8, 5 / 8])
+        assert alone == [2.0, 2.0]
+        assert told == [[(3,), (3,), (2,)], [(1,), (3,), (2,)], [(2, 2), (2,)]][rank]
+
+
+def test_a_rank_that_cannot_go_on_says_so_before_a_pass_and_the_next_task_goes_on(
+    three: Together,
+) -> None:
+    def job(group: Group) -> Any:
+        oracle, x = DealtOracle(Linear(f32(1, -1)), group), f32(0.5, 0.25)
+        _ordered(group)
+        try:
+            if group.rank == 1:
+                group.end([], LimitError("too long"))
+            oracle.loss(x, ROWS)
+        except (LimitError, RankError) as error:
+            assert group.end([]) == []  # left already
+            _ordered(group)
+            return str(error), oracle.jvp(x, [along(1)], ROWS)
+        return None
+
+    want = Linear(f32(1, -1)).jvp(f32(0.5, 0.25), [along(1)], ROWS)
+    reason = "rank 1: LimitError: too long"
+    assert three.each(job) == [(reason, want), ("too long", want), (reason, want)]
+
+
+@dataclass
+class Unfit:
+    """A worker whose model does not get through its first batch."""
+
+    error: Exception
+    micro_batch = 0
+
+    @property
+    def trainee(self) -> Any:
+        return self
+
+    oracle = Linear(f32(1, -1))
+
+    def deal(self, mesh: object) -> None:
+        pass
+
+    def ready(self) -> Any:
+        raise self.error
+
+
+def test_what_is_wrong_with_the_first_batch_is_told_as_it_is(three: Together) -> None:
+    def job(group: Group) -> Any:
+        return share(cast("Any", Unfit(RuntimeError("no such operation"))), group)
+
+    found = three.each(job)
+    assert [(type(e), str(e)) for e in found] == [(RuntimeError, "no such operation")] * 3
+    assert not any(group.is_broken for group in three.groups)
+
+
+def test_a_dealt_model_that_gets_stuck_in_its_first_batch_ends_the_group(three: Together) -> None:
+    def job(group: Group) -> Any:
+        group.mesh = "theirs"
+        return share(cast("Any", Unfit(torch.OutOfMemoryError("no more"))), group)
+
+    why = "a pass of a dealt model broke off: OutOfMemoryError: no more"
+    assert [(type(e), str(e)) for e in three.each(job)] == [(GroupError, why)] * 3
+    assert all(group.is_broken for group in three.groups)
 
 
 # --- what ranks say to each other -------------------------------------------------
