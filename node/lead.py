@@ -33,7 +33,7 @@ from node.ranks import (
 from node.worker import Worker
 from protocol.errors import ExperimentError, ModelError, RunError
 from protocol.experiment import Experiment
-from protocol.messages import Beat, Bye, Failed, Message, Ready, Step, Task
+from protocol.messages import Beat, Bye, Failed, Message, Ready, Step, Task, Update
 from protocol.wire import Frame
 
 log = logging.getLogger(__name__)
@@ -137,14 +137,15 @@ class Lead:
     # --- jobs --------------------------------------------------------------------
 
     def _task(self, task: Task, tell: Tell) -> Outcome | None:
+        formed: Outcome | None = None
         try:
             if self._group is None:
-                self._form()
+                formed = self._form()
             orders.send(self._group, task, memory=self._worker.memory(task))
         except GroupError as error:
             where = {"round": task.round, "attempt": task.attempt, "client": task.client}
             return Outcome(Failed(**where, reason=self._part(error)))
-        return self._ended(self._worker.run(task, None, tell))
+        return _with_costs_of(formed, self._ended(self._worker.run(task, None, tell)))
 
     def _step(self, step: Step, data: Frame | None) -> Outcome | None:
         """Apply it here and there; without a group the others get it when they form one."""
@@ -252,3 +253,12 @@ class Lead:
     def _one_beat(self) -> None:
         orders.send(self._group, Beat())
         self._ended(None)
+
+
+def _with_costs_of(formed: Outcome | None, outcome: Outcome | None) -> Outcome | None:
+    """An update with what it cost to form the group anew, and steps applied before that."""
+    ready, update = formed and formed.message, outcome and outcome.message
+    if outcome is None or not (isinstance(ready, Ready) and isinstance(update, Update)):
+        return outcome
+    costs = ready.costs + update.costs
+    return replace(outcome, message=msgspec.structs.replace(update, costs=costs))

@@ -133,7 +133,9 @@ def test_gradients_of_three_processes_and_the_death_of_one(csv: Path) -> None:
         assert alone.run(*step_to(x)) is None
         second = msgspec.structs.replace(TASK, version=1, round=2)
         want = sent(alone.run(second, None))
-        np.testing.assert_allclose(sent(lead.run(second, None)), want, rtol=1e-6, atol=1e-6)
+        outcome = lead.run(second, None)
+        np.testing.assert_allclose(sent(outcome), want, rtol=1e-6, atol=1e-6)
+        assert {"catch-up", "train"} <= {cost.phase for cost in told(outcome, Update).costs}
         others = following()
         assert len(others) == 2
     assert not psutil.wait_procs(others, timeout=20)[1]
