@@ -193,7 +193,7 @@ class _Noticing:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, RuntimeError):
             self._group.is_broken = True
             raise GroupError(f"a rank is gone or silent: {_plain(error)}") from error
 
