@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import psutil
 
-from benchmarks.harness import Metric, alternate, no_arguments, progress, report
+from benchmarks.harness import Keys, Metric, alternate, no_arguments, progress, report
 from protocol.blobs import CHUNK_BYTES, WINDOW
 from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
@@ -31,19 +31,7 @@ from protocol.wire import Frame, Peer
 DENSE_BYTES, SCALAR_ROUNDS, DENSE_ROUNDS = 4_800_000, 400, 15
 SERVER, NODE = KeyPair.new(), KeyPair.new()
 WITHIN_SECONDS = 60.0
-
-
-class Keys:
-    """Implements ``protocol.router.Doorkeeper``."""
-
-    secret = SERVER.secret
-
-    def admits(self, key: str, address: str) -> bool:
-        del address
-        return key == NODE.public
-
-    def turned_away(self, reason: str) -> None:
-        raise RuntimeError(reason)
+KEYS = Keys(SERVER.secret, frozenset({NODE.public}))
 
 
 def be_node(endpoint: str, identity: Identity | None) -> None:
@@ -76,7 +64,7 @@ class Line:
     """One connection and its rounds."""
 
     def __init__(self, is_secure: bool) -> None:
-        self._router = Router("tcp://127.0.0.1:*", Keys() if is_secure else None)
+        self._router = Router("tcp://127.0.0.1:*", KEYS if is_secure else None)
         identity = Identity(NODE, SERVER.public) if is_secure else None
         self._node = multiprocessing.get_context("fork").Process(
             target=be_node, args=(self._router.endpoint, identity), daemon=True

@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import zmq
 
-from benchmarks.harness import Metric, no_arguments, progress, report
+from benchmarks.harness import Keys, Metric, no_arguments, progress, report
 from protocol import experiment as experiments
 from protocol import kernels
 from protocol.keys import Identity, KeyPair
@@ -38,6 +38,7 @@ from protocol.keys import Identity, KeyPair
 NODES, ROUNDS, DENSE_ROUNDS, DENSE, IDLE_SECONDS = 2, 200, 24, 1_200_000, 12.0
 WARM_UP, LOOK_SECONDS = 3, 0.05
 SECRETS = {"coordinator": b"c" * 32, "node-0": b"0" * 32, "node-1": b"1" * 32, "judge": b"j" * 32}
+KEYS = Keys(SECRETS["coordinator"], frozenset(KeyPair.of(s).public for s in SECRETS.values()))
 TABLE: dict[str, Any] = {
     "run": {"name": "round", "seed": 1},
     "model": {"id": "none"},
@@ -53,20 +54,6 @@ WHOLE = TABLE | {
     "method": {"name": "fedavg", "steps": 1, "batch_size": 1, "local": {"kind": "sgd", "lr": 0.1}},
     "rounds": {"count": DENSE_ROUNDS, "evaluate_every": DENSE_ROUNDS},
 }
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Everybody's, drawn once; implements ``protocol.router.Doorkeeper``."""
-
-    secret: bytes = SECRETS["coordinator"]
-
-    def admits(self, key: str, address: str) -> bool:
-        del address
-        return key in {KeyPair.of(secret).public for secret in SECRETS.values()}
-
-    def turned_away(self, reason: str) -> None:
-        raise RuntimeError(reason)
 
 
 class Oracle:
@@ -172,7 +159,7 @@ def be_coordinator(directory: Path, table: dict[str, Any]) -> None:
     from protocol.router import Router
 
     module: Any = run  # what it has imported is replaced there
-    module.Router = lambda where, *_: Router(where, Keys())
+    module.Router = lambda where, *_: Router(where, KEYS)
     place = Place("tcp://127.0.0.1:*", directory, starts_evaluator=False)
     run.run(experiments.convert(table, "round"), place, Console(quiet=True))
     if "torch" in sys.modules:
@@ -267,7 +254,7 @@ def idle_bytes_per_second() -> float:
     from protocol.messages import Welcome
     from protocol.router import Router
 
-    router = Router("tcp://127.0.0.1:*", Keys())
+    router = Router("tcp://127.0.0.1:*", KEYS)
     roster = Roster(NODES, metadata.version("seedwire"))
     desk = Desk(router, roster, Nodes(), time.monotonic)
     nodes = [start("node", router.endpoint, f"node-{i}", "8") for i in range(NODES)]

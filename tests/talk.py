@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 
+from benchmarks.harness import Keys
 from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
 from protocol.keys import Identity, KeyPair
@@ -23,6 +24,7 @@ from protocol.tcp import Traffic
 PATIENCE_SECONDS = 30.0
 HELLO = [b"hello"]
 SERVER, NODE = KeyPair.of(b"s" * 32), KeyPair.of(b"n" * 32)
+KEYS = Keys(SERVER.secret, frozenset({NODE.public}))
 
 
 def values(count: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -36,23 +38,10 @@ PAYLOADS: dict[str, Payload] = {
 }
 
 
-class Keys:
-    """Implements ``protocol.router.Doorkeeper``."""
-
-    secret = SERVER.secret
-
-    def admits(self, key: str, address: str) -> bool:
-        del address
-        return key == NODE.public
-
-    def turned_away(self, reason: str) -> None:
-        raise RuntimeError(reason)
-
-
 def coordinator(rounds: int, payload: Payload, is_secure: bool, bind: str) -> None:
     step = Step(version=1, round=1, digest=bytes(16), payload=spec_of(payload))
     say = to_node.pack(step, encode(payload))
-    router, traffic, done = Router(bind, Keys() if is_secure else None), Traffic(), 0
+    router, traffic, done = Router(bind, KEYS if is_secure else None), Traffic(), 0
     print(router.endpoint, flush=True)  # noqa: T201
     while done < rounds:
         got = router.recv(PATIENCE_SECONDS)
