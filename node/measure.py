@@ -6,13 +6,13 @@ Linux keeps the resident high-water mark of a process and lets it be reset (``5`
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,8 +75,10 @@ class Phases:
         seconds = time.perf_counter() - self._began.at
         if limits.seconds is not None and seconds > limits.seconds:
             raise LimitError(f"{seconds:.3g} s, and --max-seconds is {limits.seconds:g}")
-        peak = _peak_bytes() if self._has_peak else None
-        if limits.memory is not None and peak is not None and peak > limits.memory:
+        if limits.memory is None or not self._has_peak:
+            return
+        peak = _peak_bytes()
+        if peak is not None and peak > limits.memory:
             raise LimitError(
                 f"{peak / 1e6:.0f} MB resident, and --max-memory is {limits.memory / 1e6:.0f} MB"
             )
@@ -112,8 +114,17 @@ def _reset_peak() -> bool:
 
 def _give_back() -> None:
     """Let the C library return what is free, or one phase's memory is in the next one's peak."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc's alone
-        ctypes.CDLL(None).malloc_trim(0)
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    """Of glibc; other C libraries have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def _peak_bytes() -> int | None:

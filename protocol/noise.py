@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,11 @@ Flat = npt.NDArray[np.float32]
 Keys = npt.NDArray[np.uint64]
 Doubles = npt.NDArray[np.float64]
 
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+FEW_BLOCKS = 8  # that are sooner drawn one by one than by an array's operations
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_LOW, _HALF_WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
+_LOW = 0xFFFFFFFF
 _TABLE_SHA256 = "e230179c3827e615b4f063e99741aa697a3a8925635cf89f6dddf2f8182450ef"
 
 
@@ -67,26 +69,32 @@ def philox(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray
     Returns:
         (4, n) random words.
     """
-    c0, c1, c2, c3 = counter.astype(np.uint64)
-    k0, k1 = key
+    return np.stack(_ten_rounds(*counter.astype(np.uint64), *key)).astype(np.uint32)
+
+
+def _ten_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: int, k1: int) -> tuple[Any, ...]:
+    """Four words of the counter to four random ones: integers, or arrays of uint64."""
     for _ in range(10):
         p0, p1 = c0 * _M0, c2 * _M1  # 32 x 32 -> 64 bits, exact
-        c0 = (p1 >> _HALF_WORD) ^ c1 ^ np.uint64(k0)
-        c1 = p1 & _LOW
-        c2 = (p0 >> _HALF_WORD) ^ c3 ^ np.uint64(k1)
-        c3 = p0 & _LOW
-        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3]).astype(np.uint32)
+        c0, c1 = (p1 >> 32) ^ c1 ^ k0, p1 & _LOW
+        c2, c3 = (p0 >> 32) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return c0, c1, c2, c3
 
 
 def bits(key: int, start: int, stop: int) -> npt.NDArray[np.uint16]:
     """Elements ``start`` to ``stop`` of the stream of 16-bit lanes."""
     first, last = start // LANES, -(-stop // LANES)
-    block = np.arange(first, last, dtype=np.uint64)
-    zero = np.zeros_like(block)
-    counter = np.stack([block & _LOW, block >> _HALF_WORD, zero, zero]).astype(np.uint32)
-    words = philox(counter, (key & 0xFFFFFFFF, key >> 32))
-    lanes = np.ascontiguousarray(words.T.astype("<u4")).view("<u2").reshape(-1)
+    halves = key & _LOW, key >> 32
+    if last - first <= FEW_BLOCKS:
+        blocks = [_ten_rounds(b & _LOW, b >> 32, 0, 0, *halves) for b in range(first, last)]
+        words = np.array(blocks, "<u4")
+    else:
+        block = np.arange(first, last, dtype=np.uint64)
+        zero = np.zeros_like(block)
+        counter = np.stack([block & _LOW, block >> 32, zero, zero]).astype(np.uint32)
+        words = np.ascontiguousarray(philox(counter, halves).T.astype("<u4"))
+    lanes = words.view("<u2").reshape(-1)
     return lanes[start - first * LANES : stop - first * LANES].astype(np.uint16, copy=False)
 
 
