@@ -11,13 +11,13 @@ SQLite has no checksum on a page, so every row and array carries one.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -72,7 +72,8 @@ class Journal:
         self._arrays = directory / "arrays"
         self._unsynced: list[Path] = []  # named by no commit yet
         self._doomed: list[Path] = []  # named by the last commit, and not by the next
-        self._ids = {table: count(1) for table in ("log", "records", "arrays")}
+        self._files: dict[tuple[str, str], list[Path]] = {}  # of the records that have some
+        self._ids = {table: itertools.count(1) for table in ("log", "records", "arrays")}
         if not is_new and not self._path.exists():
             raise JournalError(f"{directory} holds no run to resume: it has no journal.sqlite")
         self._lock = _locked(directory)
@@ -95,13 +96,16 @@ class Journal:
             self._arrays.mkdir()
             self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
             _sync(self._directory)
-        named = {str(i) for (i,) in self._db.execute("SELECT id FROM arrays WHERE data IS NULL")}
+        sql = "SELECT kind, name, arrays.id FROM arrays JOIN records ON record = records.id "
+        for kind, name, array in self._db.execute(sql + "WHERE data IS NULL"):
+            self._files.setdefault((kind, name), []).append(self._arrays / str(array))
+        named = set(itertools.chain.from_iterable(self._files.values()))
         for path in self._arrays.iterdir():
-            if path.name not in named:
+            if path not in named:
                 path.unlink()  # written for a commit that never was
         for table in self._ids:  # no id is used twice while a file may still have it
             (last,) = self._db.execute(f"SELECT max(id) FROM {table}").fetchone()  # noqa: S608
-            self._ids[table] = count((last or 0) + 1)
+            self._ids[table] = itertools.count((last or 0) + 1)
 
     def _examine(self) -> None:
         """Refuse what is damaged, before anything in it can change."""
@@ -119,35 +123,33 @@ class Journal:
 
     def log(self, kind: str, text: str) -> None:
         """Append to the log of this kind."""
-        with self._writing() as db:
-            number = next(self._ids["log"])
-            row = (number, kind, text, _sum(number, kind, text))
-            db.execute("INSERT INTO log VALUES (?, ?, ?, ?)", row)
+        number = next(self._ids["log"])
+        row = (number, kind, text, _sum(number, kind, text))
+        self._write("INSERT INTO log VALUES (?, ?, ?, ?)", row)
 
     def keep(self, kind: str, name: str, plain: bytes, buffers: Sequence[Buffer] = ()) -> None:
         """Set the record, in place of an earlier one of the same kind and name."""
-        self.drop(kind, name)
-        with self._writing() as db:
-            number = next(self._ids["records"])
-            row = (number, kind, name, plain, _sum(number, kind, name, plain))
-            db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", row)
-            for buffer in buffers:
-                is_inline = len(buffer) <= INLINE_BYTES
-                array = next(self._ids["arrays"])
-                data = buffer if is_inline else None
-                entry = (array, number, len(buffer), _sum(array, number, buffer), data)
-                db.execute("INSERT INTO arrays VALUES (?, ?, ?, ?, ?)", entry)
-                if not is_inline:
-                    self._unsynced.append(self._arrays / str(array))
-                    self._unsynced[-1].write_bytes(buffer)
+        self._doomed += self._files.pop((kind, name), [])
+        number = next(self._ids["records"])
+        row = (number, kind, name, plain, _sum(number, kind, name, plain))
+        self._write("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)", row)
+        for buffer in buffers:
+            is_inline = len(buffer) <= INLINE_BYTES
+            array = next(self._ids["arrays"])
+            data = buffer if is_inline else None
+            entry = (array, number, len(buffer), _sum(array, number, buffer), data)
+            self._write("INSERT INTO arrays VALUES (?, ?, ?, ?, ?)", entry)
+            if not is_inline:
+                path = self._arrays / str(array)
+                self._unsynced.append(path)
+                self._files.setdefault((kind, name), []).append(path)
+                with self._explained():
+                    path.write_bytes(buffer)
 
     def drop(self, kind: str, name: str) -> None:
         """Forget the record, if there is one."""
-        with self._writing() as db:
-            sql = "SELECT arrays.id FROM arrays JOIN records ON record = records.id "
-            sql += "WHERE kind = ? AND name = ? AND data IS NULL"
-            self._doomed += [self._arrays / str(i) for (i,) in db.execute(sql, (kind, name))]
-            db.execute("DELETE FROM records WHERE kind = ? AND name = ?", (kind, name))
+        self._doomed += self._files.pop((kind, name), [])
+        self._write("DELETE FROM records WHERE kind = ? AND name = ?", (kind, name))
 
     @property
     def is_dirty(self) -> bool:
@@ -209,12 +211,11 @@ class Journal:
         self._db.close()
         self._lock.close()
 
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _write(self, sql: str, row: tuple[object, ...]) -> None:
         with self._explained():
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
-            yield self._db
+            self._db.execute(sql, row)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -206,9 +206,9 @@ class RunRecorder:
         self._append("metrics.jsonl", line)
 
     def _append(self, name: str, value: object) -> None:
-        line = json.dumps(value)
+        line = msgspec.json.encode(value).decode()
         self._journal.log(name, line)
-        _write(self.directory / name, line + "\n", "a")
+        _write(self.directory / name, line + "\n", "ab")
 
 
 def _warn(round: int, excess: Excess) -> None:
@@ -224,9 +224,9 @@ def _pretty(value: object) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _write(path: Path, text: str, mode: Literal["w", "a"] = "w") -> None:
+def _write(path: Path, text: str, mode: Literal["wb", "ab"] = "wb") -> None:
     try:
         with path.open(mode) as file:
-            file.write(text)
+            file.write(text.encode())
     except OSError as error:
         raise JournalError(f"cannot write {path}: {error.strerror}") from error

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -69,7 +70,7 @@ class ParamSpace:
         """How many numbers are trained."""
         return self.offsets[-1]
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """16 bytes that two sides compare before they exchange flat vectors."""
         return hashlib.blake2b(msgspec.json.encode(self.tensors), digest_size=16).digest()

@@ -217,7 +217,7 @@ class Engine:
         self.ready, self.busy = ready, ""
         if outcome is not None:
             self._outcomes.put(outcome)
-        wake()
+            wake()
 
 
 def _describe(message: Message) -> str:

@@ -106,7 +106,8 @@ def _plus(total: _Mark, start: _Mark, end: _Mark) -> _Mark:
 def _reset_peak() -> bool:
     _give_back()
     try:
-        _CLEAR.write_text("5")
+        with _CLEAR.open("wb", buffering=0) as file:
+            file.write(b"5")
     except OSError:
         return False
     return True
@@ -128,7 +129,8 @@ def _malloc_trim() -> Any:
 
 
 def _peak_bytes() -> int | None:
-    match = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    with _STATUS.open("rb", buffering=0) as file:
+        match = re.search(rb"^VmHWM:\s+(\d+) kB", file.read(), re.MULTILINE)
     return int(match[1]) * 1024 if match else None
 
 

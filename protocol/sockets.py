@@ -6,7 +6,6 @@ public keys (CurveZMQ, RFC 26).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import struct
 from collections.abc import Iterator
@@ -63,10 +62,9 @@ class Monitor:
 
     def take(self) -> Iterator[tuple[int, int]]:
         """Events and their values, as far as they are here."""
-        with contextlib.suppress(zmq.Again):
-            while True:
-                event, _ = self.socket.recv_multipart(zmq.NOBLOCK)
-                yield struct.unpack("=Hi", event)
+        while int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            event, _ = self.socket.recv_multipart(zmq.NOBLOCK)
+            yield struct.unpack("=Hi", event)
 
     def close(self) -> None:
         """To be called before the socket itself is closed."""
