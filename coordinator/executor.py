@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+QUICK_SECONDS = 0.05  # for which the nodes need not hear of us
 SAVE_SECONDS = 1.0  # what a crash between two commits may lose: it is asked for again
 
 
@@ -90,6 +91,7 @@ class Executor:
         self.collectives = Collectives(desk, recorder, self.intake, now, deadline)
         self._journal, self._saved_at = journal, now()
         self._aside = ThreadPoolExecutor(1)  # its thread ends with this object
+        self._quick: frozenset[str] = frozenset()  # what was so the last time
 
     # --- what it has ----------------------------------------------------------------
 
@@ -121,7 +123,8 @@ class Executor:
         self._saved_at = self._now()
         self._recorder.save(self._saved_at)
         self.intake.save()
-        self._beating(self._journal.commit)  # large arrays take their time
+        what = "save arrays" if self._journal.has_large else "save"
+        self._beating(what, self._journal.commit)
 
     def need(self) -> Central:
         """The parameters, which are there."""
@@ -155,7 +158,9 @@ class Executor:
     def _assign(self, command: Assign) -> None:
         central, number, attempt = self.need(), command.round, command.attempt
         if (plans := self.intake.plan((number, attempt))) is None:
-            plans = self._beating(lambda: central.plan(number, command.cohort, command.limits))
+            plans = self._beating(
+                "plan", lambda: central.plan(number, command.cohort, command.limits)
+            )
             self.intake.open((number, attempt), plans)
             self._recorder.opened(command, self._now())
         for client in sorted(command.clients):
@@ -196,7 +201,7 @@ class Executor:
         self.save_if_due()  # what comes may take long
         self.intake.norms.close(client for client, _ in command.refs)
         try:
-            self._beating(commit)
+            self._beating("commit", commit)
         except ArithmeticError as error:
             log.warning("round %d is not committed: %s", command.round, error)
             for _, ref in command.refs:
@@ -214,15 +219,26 @@ class Executor:
         power = self._settings.experiment.rounds.staleness_power
         return replace(self.intake.updates.pop(ref), damping=(1.0 + staleness) ** -power)
 
-    def _beating(self, work: Callable[[], T]) -> T:
-        """Do what may take minutes, a replay or a plan, while the nodes hear that we live."""
-        job = self._aside.submit(work)
+    def _beating(self, what: str, work: Callable[[], T]) -> T:
+        """Do what may take minutes, a replay or a plan, while the nodes hear that we live.
+
+        It is done aside, but for what was quick the last time: to another thread and back
+        takes longer than a commit of scalars.
+        """
+        start = self._now()
         try:
-            while not wait([job], self._settings.experiment.nodes.heartbeat_seconds / 4).done:
-                self._desk.beat()
+            if what in self._quick:
+                return work()
+            job = self._aside.submit(work)
+            try:
+                while not wait([job], self._settings.experiment.nodes.heartbeat_seconds / 4).done:
+                    self._desk.beat()
+            finally:
+                wait([job])  # whatever happens here, nothing goes on behind our back
+            return job.result()
         finally:
-            wait([job])  # whatever happens here, nothing goes on behind our back
-        return job.result()
+            is_quick = self._now() < start + QUICK_SECONDS
+            self._quick = self._quick | {what} if is_quick else self._quick - {what}
 
     def _discard(self, command: Discard) -> None:
         self.intake.updates.pop(command.ref, None)

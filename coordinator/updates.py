@@ -1,4 +1,4 @@
-"""The updates that wait to be aggregated: in the journal alone, one at a time in memory."""
+"""The updates that wait to be aggregated: in the journal, and of large ones one at a time in memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from coordinator.journal import Journal
 from fedalgos.method import Assignment, Contribution
 from protocol import payload
 
+SMALL_BYTES = 1 << 12  # scalars, of which a journal's own are no fewer in memory
 _KIND = "update"
 _Plain = tuple[Assignment, int, float, payload.Spec]
 
@@ -19,14 +20,17 @@ class Updates(MutableMapping[str, Contribution]):
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._refs = dict.fromkeys(journal.names(_KIND))
+        self._held: dict[str, Contribution | None] = dict.fromkeys(journal.names(_KIND))
 
     def __setitem__(self, ref: str, c: Contribution) -> None:
-        plain = msgpack.encode((c.assignment, c.examples, c.loss, payload.spec_of(c.payload)))
+        spec = payload.spec_of(c.payload)
+        plain = msgpack.encode((c.assignment, c.examples, c.loss, spec))
         self._journal.keep(_KIND, ref, plain, [payload.encode(c.payload)])
-        self._refs[ref] = None
+        self._held[ref] = c if spec.nbytes <= SMALL_BYTES else None
 
     def __getitem__(self, ref: str) -> Contribution:
+        if (held := self._held.get(ref)) is not None:
+            return held
         record = self._journal.record(_KIND, ref)
         if record is None:
             raise KeyError(ref)
@@ -34,11 +38,11 @@ class Updates(MutableMapping[str, Contribution]):
         return Contribution(assignment, examples, payload.decode(spec, record.buffers[0]), loss)
 
     def __delitem__(self, ref: str) -> None:
-        del self._refs[ref]
+        del self._held[ref]
         self._journal.drop(_KIND, ref)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._refs))
+        return iter(list(self._held))
 
     def __len__(self) -> int:
-        return len(self._refs)
+        return len(self._held)

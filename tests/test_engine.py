@@ -87,14 +87,15 @@ def test_jobs_run_and_outcomes_come_out_in_order(engines: list[Harness]) -> None
     assert h.taken() == []
 
 
-def test_an_outcome_comes_with_its_buffer_and_nothing_is_no_outcome(
+def test_an_outcome_comes_with_its_buffer_and_nothing_is_none_and_wakes_nobody(
     engines: list[Harness],
 ) -> None:
     engines.append(h := Harness(lambda m, d: None if d is None else echo(m, d)).wait())
     h.engine.submit(step(1), None)
     h.engine.submit(step(2), b"data")
-    h.wait(2)
+    h.wait()
     first, second = h.engine.take()
+    assert not h.wakes.acquire(blocking=False)
     assert first == FIRST
     assert second == Outcome(step(2), memoryview(b"data"))
 
@@ -190,7 +191,7 @@ def test_what_a_new_login_says_is_the_whole_first_message_until_a_job_was_done(
 
 def test_a_person_can_see_what_it_does(engines: list[Harness]) -> None:
     loading, blocks = Blocker(), Blocker()
-    worker = ScriptedWorker(lambda m, d: blocks(), FIRST, READY)
+    worker = ScriptedWorker(lambda m, d: blocks() or echo(m, d), FIRST, READY)
 
     def make(*args: Any) -> ScriptedWorker:
         loading()
@@ -226,7 +227,7 @@ def test_progress_is_that_of_the_task_that_runs_and_of_nothing_else(
     assert progress() is None
     block.entered.clear()
     block.go_on.clear()
-    h.worker.answer = lambda m, d: block()
+    h.worker.answer = lambda m, d: block() or echo(m, d)
     h.engine.submit(task(4, round=7), None)
     assert block.entered.wait(30)
     h.worker.tell(2, 9)

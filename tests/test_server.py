@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -944,6 +945,30 @@ def test_nodes_hear_beats_while_the_coordinator_replays_or_plans(
 
     monkeypatch.setattr(Central, name, slow)
     assert run.finish()["rounds"] == 1
+
+
+def test_beats_are_sent_again_in_the_round_after_the_first_that_takes_long(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was quick is done in the same thread, and the nodes do not hear of it."""
+    run = make(rounds={"count": 4}, nodes={"heartbeat_seconds": 0.1, "patience_seconds": 1e5})
+    two_nodes(run)
+    rounds, beats, commit = itertools.count(1), threading.Event(), Central.commit
+
+    def slow(central: Central, *args: Any) -> None:
+        number = next(rounds)
+        is_here = threading.current_thread() is threading.main_thread()
+        assert is_here == (number in (2, 3))
+        if number > 2:
+            run.net.now += 1.0
+        if number == 4:
+            run.net.on_send = lambda peer, frames: beats.set()
+            assert beats.wait(30)
+            run.net.on_send = run.hear
+        commit(central, *args)
+
+    monkeypatch.setattr(Central, "commit", slow)
+    assert run.finish()["rounds"] == 4
 
 
 def test_a_method_whose_steps_replace_all_sends_only_the_newest(make: Make) -> None:
