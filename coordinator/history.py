@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import msgspec
 
@@ -64,13 +65,15 @@ class History:
     def __init__(self, snapshot_bytes: int, absolute: bool) -> None:
         self._snapshot_bytes = snapshot_bytes
         self._absolute = absolute
-        self._steps: deque[Kept] = deque()
+        self._steps: deque[Kept] = deque()  # of versions that follow each other
+        self._nbytes = 0  # of them all
 
     def add(self, step: Kept) -> None:
         """Append the newest step, and forget those that nobody will be sent any more."""
         self._steps.append(step)
-        while len(self._steps) > 1 and (self._absolute or self._nbytes() > self._snapshot_bytes):
-            self._steps.popleft()
+        self._nbytes += step.nbytes
+        while len(self._steps) > 1 and (self._absolute or self._nbytes > self._snapshot_bytes):
+            self._nbytes -= self._steps.popleft().nbytes
 
     @property
     def oldest(self) -> int:
@@ -98,8 +101,7 @@ class History:
             return []
         if self._absolute and self._steps:
             return [self._steps[-1]]
-        missed = [kept for kept in self._steps if kept.message.version > version]
-        return missed if missed and missed[0].message.version == version + 1 else None
-
-    def _nbytes(self) -> int:
-        return sum(kept.nbytes for kept in self._steps)
+        if newest - version > len(self._steps):
+            return None
+        missed = list(islice(reversed(self._steps), newest - version))
+        return missed[::-1]

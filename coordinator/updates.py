@@ -1,4 +1,4 @@
-"""The updates that wait to be aggregated: in the journal, and of large ones one at a time in memory."""
+"""Updates that wait to be aggregated: in the journal; of large ones one at a time in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Plain = tuple[Assignment, int, float, payload.Spec]
 
 
 class Updates(MutableMapping[str, Contribution]):
-    """Contributions by ref; what is read is decoded anew each time."""
+    """Contributions by ref; a large one is decoded anew each time it is read."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal

@@ -69,7 +69,8 @@ def philox(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray
     Returns:
         (4, n) random words.
     """
-    return np.stack(_ten_rounds(*counter.astype(np.uint64), *key)).astype(np.uint32)
+    c0, c1, c2, c3 = counter.astype(np.uint64)
+    return np.stack(_ten_rounds(c0, c1, c2, c3, *key)).astype(np.uint32)
 
 
 def _ten_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: int, k1: int) -> tuple[Any, ...]:

@@ -48,6 +48,16 @@ def echo(message: Message, data: Frame | None) -> Outcome:
     return Outcome(message, memoryview(data) if data is not None else None)
 
 
+def after(block: Blocker) -> Answer:
+    """An echo, once the block lets it go."""
+
+    def answer(message: Message, data: Frame | None) -> Outcome:
+        block()
+        return echo(message, data)
+
+    return answer
+
+
 class Harness:
     """An engine, its worker, and a count of its wake-ups to wait for."""
 
@@ -191,7 +201,7 @@ def test_what_a_new_login_says_is_the_whole_first_message_until_a_job_was_done(
 
 def test_a_person_can_see_what_it_does(engines: list[Harness]) -> None:
     loading, blocks = Blocker(), Blocker()
-    worker = ScriptedWorker(lambda m, d: blocks() or echo(m, d), FIRST, READY)
+    worker = ScriptedWorker(after(blocks), FIRST, READY)
 
     def make(*args: Any) -> ScriptedWorker:
         loading()
@@ -227,7 +237,7 @@ def test_progress_is_that_of_the_task_that_runs_and_of_nothing_else(
     assert progress() is None
     block.entered.clear()
     block.go_on.clear()
-    h.worker.answer = lambda m, d: block() or echo(m, d)
+    h.worker.answer = after(block)
     h.engine.submit(task(4, round=7), None)
     assert block.entered.wait(30)
     h.worker.tell(2, 9)
