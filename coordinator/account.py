@@ -38,9 +38,9 @@ class Account:
         now: the run's clock when they were saved.
         num_resumed: how often the coordinator came back.
         num_rejected: by reason.
-        scores: round and score.
+        scores: round and score of the first evaluation and of the last.
         round: the open one, or the last.
-        losses: mean training loss of each committed round.
+        num_rounds: that were committed.
         peaks: phase -> highest resident bytes of any node.
         over_inference: the highest peak in training over the node's probe batch, in bytes.
         inference: node -> resident peak of its probe batch.
@@ -60,7 +60,7 @@ class Account:
     num_resyncs: int = 0
     scores: list[tuple[int, Score]] = field(default_factory=list)
     round: Round | None = None
-    losses: list[float] = field(default_factory=list)
+    num_rounds: int = 0
     peaks: dict[str, int] = field(default_factory=dict)
     over_inference: int | None = None
     inference: dict[str, int] = field(default_factory=dict)
@@ -135,6 +135,10 @@ class Account:
 
     # --- rounds ------------------------------------------------------------------
 
+    def scored(self, round: int, score: Score) -> None:
+        """The parameters were evaluated after a round."""
+        self.scores = [*self.scores[:1], (round, score)]
+
     def has_opened(self, round: int, attempt: int) -> bool:
         """Whether this is the round that is being measured."""
         r = self.round
@@ -159,7 +163,7 @@ class Account:
         r, seconds = self._stop(now)
         counted = [r.losses[c] for c, _ in commit.refs if c in r.losses]
         loss = sum(n * value for n, value in counted) / max(1, sum(n for n, _ in counted))
-        self.losses.append(loss)
+        self.num_rounds += 1
         self.client_rounds += len(commit.refs)
         for node, spent in r.train_seconds.items():
             add(self.train_seconds, node, spent)

@@ -159,7 +159,7 @@ class RunRecorder:
         self._raise_peaks(member)
 
     def scored(self, round: int, score: Score) -> None:
-        self.account.scores.append((round, score))
+        self.account.scored(round, score)
         self._line(round, test_loss=score.loss, metric=score.metric, **self._quality.more(score))
 
     def rejected(self, reason: str) -> None:

@@ -50,7 +50,7 @@ def summarise(
         "model": experiment.model.id,
         "data": experiment.data.id,
         "seed": experiment.run.seed,
-        "rounds": len(account.losses),
+        "rounds": account.num_rounds,
         "clients": experiment.partition.clients,
         "nodes": sum(node["role"] == "train" for node in account.nodes.values()),
         "trained_parameters": central.space.size,

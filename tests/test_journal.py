@@ -85,6 +85,22 @@ def test_a_large_array_is_a_file_until_its_record_is_replaced_or_dropped(
     assert everything(journal) == ([], {})
 
 
+def test_nothing_is_left_of_what_was_replaced_or_dropped_also_after_a_restart(
+    journal: Journal, tmp_path: Path
+) -> None:
+    for _ in range(3):
+        journal.keep("r", "a", b"", [b"small", BIG])
+        journal.keep("r", "b", b"", [BIG])
+    journal.commit()
+    with closing(Journal(crashed(tmp_path, tmp_path / "again"))) as again:
+        again.keep("r", "a", b"", [b"small"])
+        again.drop("r", "b")
+        again.commit()
+        assert everything(again) == ([], {"a": Record(b"", (b"small",))})
+        assert not list((tmp_path / "again" / "arrays").iterdir())
+        assert again._db.execute("SELECT count(*) FROM arrays").fetchone() == (1,)
+
+
 def test_a_file_and_its_name_are_on_the_disk_before_the_commit_that_names_it(
     journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -293,6 +293,23 @@ def two_nodes(run: Run) -> tuple[Peer, Peer, Peer]:
 # --- runs without faults ---------------------------------------------------------
 
 
+def test_what_is_saved_of_a_run_does_not_grow_with_its_rounds(make: Make) -> None:
+    """Or each commit would write all that was before it."""
+    run = make(rounds={"count": 40, "evaluate_every": 1})
+    two_nodes(run)
+    sizes: list[int] = []
+
+    def is_over() -> bool:
+        kept = run.open.record("account", "")
+        sizes.append(len(kept.plain) if kept else 0)
+        return run.server.finished is not None
+
+    run.until(is_over)
+    rounds = run.recorder.account.num_rounds
+    assert rounds == 40
+    assert sizes[-1] - sizes[len(sizes) // 4] < rounds  # numbers get longer
+
+
 def test_two_nodes_two_rounds(make: Make) -> None:
     run = make()
     a, b, evaluator = two_nodes(run)
