@@ -244,6 +244,8 @@ class Server:
         if fault is None:
             self._recorder.updated(member, update)
             self.executor.collectives.trained(member, update.client)
+        if isinstance(data, memoryview):
+            data.release()  # or it is there until we are back, and a commit comes before that
         place = (update.client, update.round, update.attempt)
         return UpdateArrived(self.now(), *place, ref, fault)
 

@@ -187,3 +187,4 @@ def _noting(
     for c in contributions:
         losses[c.assignment.client] = c.loss
         yield c
+        del c  # before the next is read

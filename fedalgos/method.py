@@ -312,4 +312,5 @@ def mean_of(contributions: Iterable[Contribution], size: int) -> npt.NDArray[np.
     mean = Mean(size)
     for c in contributions:
         mean.add(c.examples, c.payload.values)
+        del c  # before the next is read
     return mean.value()

@@ -94,7 +94,17 @@ class ParamSpace:
         return np.concatenate([x[start:stop] for start, stop in self.ranges(units)])
 
     def put(self, x: Flat, values: Flat, units: Sequence[int] = ()) -> Flat:
-        """A copy of ``x`` with the units' numbers replaced."""
+        """A copy of ``x`` with the units' numbers replaced; of all units, it is ``values`` itself.
+
+        But for one that must not be written to, which torch would not take.
+
+        Raises:
+            ValueError: more or fewer values than the units have.
+        """
+        if len(values) != self.count(units):
+            raise ValueError(f"{len(values)} values for {self.count(units)} parameters")
+        if not units:
+            return np.require(values, requirements="W")
         out, at = x.copy(), 0
         for start, stop in self.ranges(units):
             out[start:stop] = values[at : at + stop - start]

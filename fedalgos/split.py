@@ -233,6 +233,7 @@ def means_of(space: ParamSpace, contributions: Iterable[Contribution]) -> Iterat
                 means[u] = Mean(size)
             means[u].add(c.examples, c.payload.values[at : at + size], c.damping)
             at += size
+        del c  # before the next is read
     return ((u, means.pop(u).value()) for u in sorted(means))
 
 
@@ -249,7 +250,7 @@ def server_steps(
     """
     moments, new = dict(s.moments), {}
     for u, mean in means:
-        old = space.take(x, (u,))
+        old = x[space.units[u].start : space.units[u].stop]
         delta = np.empty_like(old)
         for piece in pieces(len(old)):
             delta[piece] = mean[piece] - old[piece]

@@ -47,6 +47,23 @@ def test_units_are_taken_in_the_order_named() -> None:
     assert SPACE.take(X, (2, 1)).tolist() == [9, 10, 11, 12, 8]
 
 
+def test_putting_all_takes_the_values_themselves_if_they_may_be_written_to() -> None:
+    values = X + 1
+    assert SPACE.put(X, values) is values
+    values.flags.writeable = False
+    got = SPACE.put(X, values)
+    assert got.flags.writeable
+    np.testing.assert_array_equal(got, X + 1)
+
+
+@pytest.mark.parametrize(("count", "units"), [(12, ()), (14, ()), (2, (1,)), (0, (1,))])
+def test_values_of_another_number_than_the_units_have_are_refused(
+    count: int, units: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=f"{count} values for"):
+        SPACE.put(X, np.zeros(count, np.float32), units)
+
+
 def test_take_is_a_copy_and_put_leaves_its_argument_alone() -> None:
     x = X.copy()
     SPACE.take(x)[:] = -1

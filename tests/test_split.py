@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedalgos.fedavg import FedAvg, fedavg
-from fedalgos.method import Assignment
+from fedalgos.method import Assignment, Contribution, mean_of
 from fedalgos.optim import Moments, Sgd, Yogi
 from fedalgos.space import ParamSpace
 from fedalgos.split import (
@@ -28,7 +29,7 @@ from fedalgos.split import (
 from fedalgos.spry import Spry, spry
 from protocol.errors import ExperimentError
 from protocol.parts import TensorInfo
-from protocol.payload import Dense
+from protocol.payload import Dense, Flat
 from tests.oracles import contribution, f32, space_of
 
 
@@ -295,3 +296,23 @@ def test_untouched_units_keep_value_and_moments() -> None:
 def test_a_step_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="mean of no updates"):
         server_steps(Sgd(lr=1.0), space_of(1), State({}), f32(0), [])
+
+
+@pytest.mark.parametrize("mean", [mean_of, lambda got, size: list(means_of(space_of(2, 2), got))])
+def test_no_two_updates_are_in_memory_at_a_time(
+    mean: Callable[[Iterable[Contribution], int], object],
+) -> None:
+    seen: list[weakref.ref[Flat]] = []
+
+    def made() -> Contribution:
+        values = f32(1, 2, 3, 4)
+        seen.append(weakref.ref(values))
+        return contribution(Dense(values))
+
+    def stored() -> Iterator[Contribution]:
+        for _ in range(3):
+            assert not any(values() is not None for values in seen)
+            yield made()
+
+    mean(stored(), 4)
+    assert len(seen) == 3
