@@ -17,8 +17,8 @@ def linger():  # the interpreter waits for this thread when the main one is over
 
 with command_line():
     threading.Thread(target=linger).start()
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         signal.pause()
     finally:
         print("ending", flush=True)
