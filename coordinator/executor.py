@@ -123,8 +123,7 @@ class Executor:
         self._saved_at = self._now()
         self._recorder.save(self._saved_at)
         self.intake.save()
-        what = "save arrays" if self._journal.has_large else "save"
-        self._beating(what, self._journal.commit)
+        self._beating(self._journal.commit)  # a disk may stall at any time
 
     def need(self) -> Central:
         """The parameters, which are there."""
@@ -158,7 +157,7 @@ class Executor:
     def _assign(self, command: Assign) -> None:
         central, number, attempt = self.need(), command.round, command.attempt
         if (plans := self.intake.plan((number, attempt))) is None:
-            plans = self._beating(
+            plans = self._quickly(
                 "plan", lambda: central.plan(number, command.cohort, command.limits)
             )
             self.intake.open((number, attempt), plans)
@@ -201,7 +200,7 @@ class Executor:
         self.save_if_due()  # what comes may take long
         self.intake.norms.close(client for client, _ in command.refs)
         try:
-            self._beating("commit", commit)
+            self._quickly("commit", commit)
         except ArithmeticError as error:
             log.warning("round %d is not committed: %s", command.round, error)
             for _, ref in command.refs:
@@ -219,23 +218,24 @@ class Executor:
         power = self._settings.experiment.rounds.staleness_power
         return replace(self.intake.updates.pop(ref), damping=(1.0 + staleness) ** -power)
 
-    def _beating(self, what: str, work: Callable[[], T]) -> T:
-        """Do what may take minutes, a replay or a plan, while the nodes hear that we live.
+    def _beating(self, work: Callable[[], T]) -> T:
+        """Do what may take minutes while the nodes hear that we live."""
+        job = self._aside.submit(work)
+        try:
+            while not wait([job], self._settings.experiment.nodes.heartbeat_seconds / 4).done:
+                self._desk.beat()
+        finally:
+            wait([job])  # whatever happens here, nothing goes on behind our back
+        return job.result()
 
-        It is done aside, but for what was quick the last time: to another thread and back
-        takes longer than a commit of scalars.
+    def _quickly(self, what: str, work: Callable[[], T]) -> T:
+        """Do a replay or a plan: right here if it was quick the last time, else beating.
+
+        To another thread and back takes longer than a commit of scalars.
         """
         start = self._now()
         try:
-            if what in self._quick:
-                return work()
-            job = self._aside.submit(work)
-            try:
-                while not wait([job], self._settings.experiment.nodes.heartbeat_seconds / 4).done:
-                    self._desk.beat()
-            finally:
-                wait([job])  # whatever happens here, nothing goes on behind our back
-            return job.result()
+            return work() if what in self._quick else self._beating(work)
         finally:
             is_quick = self._now() < start + QUICK_SECONDS
             self._quick = self._quick | {what} if is_quick else self._quick - {what}

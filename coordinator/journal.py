@@ -156,11 +156,6 @@ class Journal:
         """Whether anything was written since the last commit."""
         return self._db.in_transaction
 
-    @property
-    def has_large(self) -> bool:
-        """Whether the next commit has files of arrays to see to the disk."""
-        return bool(self._unsynced)
-
     def commit(self) -> None:
         """All that was written since the last commit is there for good, or none of it."""
         if not self._db.in_transaction:

@@ -190,5 +190,8 @@ def apply(f: Setup, x: Flat, round: int, step: Payload) -> Flat:
 def _shortest(g: Flat) -> Payload:
     """All K accumulators, or the touched ones with their places, whichever is fewer bytes."""
     (touched,) = np.nonzero(g)
-    some = Sparse(len(g), touched, g[touched])
-    return some if spec_of(some).nbytes < 4 * len(g) else Scalars((Run(0, len(g)),), g)
+    if len(touched) < len(g):
+        some = Sparse(len(g), touched, g[touched])
+        if spec_of(some).nbytes < 4 * len(g):
+            return some
+    return Scalars((Run(0, len(g)),), g)
