@@ -18,7 +18,8 @@ from functools import partial
 import numpy as np
 import psutil
 
-from benchmarks.harness import Keys, Metric, alternate, no_arguments, progress, report
+from benchmarks.doorkeeper import Keys
+from benchmarks.harness import Metric, alternate, no_arguments, progress, report
 from protocol.blobs import CHUNK_BYTES, WINDOW
 from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer

@@ -24,26 +24,6 @@ from typing import Any, Literal
 import psutil
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Implements ``protocol.router.Doorkeeper``: lets in whom it knows.
-
-    Attributes:
-        secret: of the coordinator.
-        known: public keys.
-    """
-
-    secret: bytes
-    known: frozenset[str]
-
-    def admits(self, key: str, address: str) -> bool:
-        del address
-        return key in self.known
-
-    def turned_away(self, reason: str) -> None:
-        raise RuntimeError(reason)
-
-
 @dataclass(frozen=True, slots=True)
 class Metric:
     """One number.

@@ -254,6 +254,7 @@ def server_steps(
         delta = np.empty_like(old)
         for piece in pieces(len(old)):
             delta[piece] = mean[piece] - old[piece]
+        del mean  # in float64: the largest of them
         moments[u], value = server_step(o, moments.get(u, Moments()), old, delta)
         new[u] = value.astype(np.float32, copy=False)
     if not new:

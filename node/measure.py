@@ -6,17 +6,16 @@ Linux keeps the resident high-water mark of a process and lets it be reset (``5`
 
 from __future__ import annotations
 
-import ctypes
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from node.energy import Meter
+from protocol import heap
 from protocol.parts import Cost, Limits, Phase
 
 MIN_WAIT_SECONDS = 0.05  # a shorter wait is not worth its bytes yet
@@ -104,28 +103,13 @@ def _plus(total: _Mark, start: _Mark, end: _Mark) -> _Mark:
 
 
 def _reset_peak() -> bool:
-    _give_back()
+    heap.give_back()  # or one phase's memory is in the next one's peak
     try:
         with _CLEAR.open("wb", buffering=0) as file:
             file.write(b"5")
     except OSError:
         return False
     return True
-
-
-def _give_back() -> None:
-    """Let the C library return what is free, or one phase's memory is in the next one's peak."""
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Any:
-    """Of glibc; other C libraries have none."""
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None
 
 
 def _peak_bytes() -> int | None:

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from benchmarks.harness import Keys
+from benchmarks.doorkeeper import Keys
 from protocol.channel import to_coordinator, to_node
 from protocol.dealer import Dealer
 from protocol.keys import Identity, KeyPair
