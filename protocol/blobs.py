@@ -19,8 +19,8 @@ from protocol.wire import Frame, RemoteProtocolError
 CHUNK_BYTES = 1 << 16  # half a second at 1 Mbit/s
 INLINE_BYTES = 2 * CHUNK_BYTES
 WINDOW = 16  # of them may be asked for and not yet here, or as many bytes
-FAST_CHUNK_BYTES = 1 << 18
-FAST_BYTES_PER_SECOND = 10 * FAST_CHUNK_BYTES  # 21 Mbit/s
+FAST_CHUNK_BYTES = 1 << 19
+FAST_BYTES_PER_SECOND = 5 * FAST_CHUNK_BYTES  # 21 Mbit/s
 
 T = TypeVar("T")
 Peer = Hashable
