@@ -18,7 +18,7 @@ import zmq
 
 from benchmarks.doorkeeper import Keys
 from protocol import experiment as experiments
-from protocol import kernels
+from protocol import heap, kernels
 from protocol.keys import Identity, KeyPair
 
 SECRETS = {"coordinator": b"c" * 32, "node-0": b"0" * 32, "node-1": b"1" * 32, "judge": b"j" * 32}
@@ -124,6 +124,7 @@ def be_coordinator(directory: Path, table: dict[str, Any]) -> None:
     from coordinator.place import Place
     from protocol.router import Router
 
+    heap.share()  # as the command does
     module: Any = run  # what it has imported is replaced there
     module.Router = lambda where, *_: Router(where, KEYS)
     place = Place("tcp://127.0.0.1:*", directory, starts_evaluator=False)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from coordinator import options
 from protocol import experiment as experiments
+from protocol import heap
 from protocol.process import command_line
 
 
@@ -30,6 +31,7 @@ def coordinator(
     from coordinator.place import DEFAULT_BIND, Place, claim, new_directory
     from protocol.keys import default_directory
 
+    heap.share()  # before a thread: updates come by one and are aggregated by another
     with command_line(lifeline):
         store = None if insecure else keys or default_directory()
         overrides = tuple(set_ or ())

@@ -91,7 +91,7 @@ class Executor:
         self.collectives = Collectives(desk, recorder, self.intake, now, deadline)
         self._journal, self._saved_at = journal, now()
         self._aside = ThreadPoolExecutor(1)  # its thread ends with this object
-        self._quick: frozenset[str] = frozenset()  # what was so the last time
+        self._quick: set[str] = set()  # what was so the last time
 
     # --- what it has ----------------------------------------------------------------
 
@@ -238,7 +238,7 @@ class Executor:
             return work() if what in self._quick else self._beating(work)
         finally:
             is_quick = self._now() < start + QUICK_SECONDS
-            self._quick = self._quick | {what} if is_quick else self._quick - {what}
+            (self._quick.add if is_quick else self._quick.discard)(what)
 
     def _discard(self, command: Discard) -> None:
         self.intake.updates.pop(command.ref, None)

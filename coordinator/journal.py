@@ -4,7 +4,7 @@
     arrays/N         arrays over 1 MiB, on the disk before the commit that names them
     lock             held by the one process that may write
 
-It knows nothing of rounds or methods; what is in a record, ``coordinator.resume`` knows.
+It knows nothing of rounds or methods; what is in a record, whoever keeps it knows.
 SQLite has no checksum on a page, so every row and array carries one.
 """
 

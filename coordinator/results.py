@@ -76,14 +76,14 @@ def read(path: Path) -> list[Result]:
     try:
         if path.is_dir():
             return [_of_directory(path)]
-        return [_of_entry(entry) for entry in json.loads(path.read_text())]
+        return [_of_entry(entry) for entry in json.loads(path.read_bytes())]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else error
         raise ExperimentError(f"{path} is not a finished run: {why}") from error
 
 
 def _of_directory(path: Path) -> Result:
-    summary = json.loads((path / "summary.json").read_text())
+    summary = json.loads((path / "summary.json").read_bytes())
     s = Reader(path).status()
     costs = _lines(path / "costs.jsonl")
     spent = _joules_by_round(costs)
@@ -101,7 +101,7 @@ def _of_directory(path: Path) -> Result:
     here = [node for node in s["nodes"] if node.get("role") != "evaluate"]
     nodes = [_node(node, [c for c in costs if c["node"] == node["node"]]) for node in here]
     labels = path / "labels.json"
-    found = json.loads(labels.read_text()) if labels.exists() else {}
+    found = json.loads(labels.read_bytes()) if labels.exists() else {}
     nodes = [n | {"labels": found[n["node"]]} if n["node"] in found else n for n in nodes]
     return Result(summary, points, Reader(path).experiment, nodes, _payload_by_kind(here))
 
@@ -124,7 +124,9 @@ def _of_entry(entry: Table) -> Result:
 
 
 def _lines(path: Path) -> list[Table]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Of bytes: a text may hold what ends a line of text alone, as U+2028."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def _phases(cost: Table) -> dict[str, Table]:

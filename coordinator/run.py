@@ -26,7 +26,6 @@ from coordinator.server import Server
 from coordinator.state import Finished
 from coordinator.view import View
 from fedalgos import registry
-from protocol import heap
 from protocol.errors import JournalError, RunError
 from protocol.experiment import Experiment
 from protocol.notify import Notifier
@@ -97,7 +96,6 @@ def _run(
 ) -> dict[str, Any]:
     """The run from where its journal is to its end."""
     method, directory = checked(experiment, place.keys), place.directory
-    heap.share()  # large updates come by one thread and are aggregated by another
     notifier = Notifier()  # before there are children
     guard = Guard(place.keys)
     router = Router(place.bind, guard)

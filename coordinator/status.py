@@ -44,7 +44,7 @@ class Reader:
         self.directory, self._most_commits = directory, most_commits
         self.news: list[dict[str, Any]] = []
         try:
-            self.experiment = tomllib.loads((directory / "experiment.toml").read_text())
+            self.experiment = tomllib.loads((directory / "experiment.toml").read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ExperimentError(f"{directory} holds no run: {error}") from error
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl
@@ -153,7 +153,7 @@ class Reader:
 def _json(path: Path) -> Any:
     """A JSON file, or None if it is not there or not whole."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
 

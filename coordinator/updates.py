@@ -1,4 +1,4 @@
-"""Updates that wait to be aggregated: in the journal; of large ones one at a time in memory."""
+"""Updates that wait to be aggregated: in the journal; all but scalars one at a time in memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from coordinator.journal import Journal
 from fedalgos.method import Assignment, Contribution
 from protocol import payload
 
-SMALL_BYTES = 1 << 12  # scalars, of which a journal's own are no fewer in memory
+SMALL_BYTES = 1 << 12  # of scalars, which take no more decoded
 _KIND = "update"
 _Plain = tuple[Assignment, int, float, payload.Spec]
 
 
 class Updates(MutableMapping[str, Contribution]):
-    """Contributions by ref; a large one is decoded anew each time it is read."""
+    """Contributions by ref; all but few scalars are decoded anew each time they are read."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -26,7 +26,8 @@ class Updates(MutableMapping[str, Contribution]):
         spec = payload.spec_of(c.payload)
         plain = msgpack.encode((c.assignment, c.examples, c.loss, spec))
         self._journal.keep(_KIND, ref, plain, [payload.encode(c.payload)])
-        self._held[ref] = c if spec.nbytes <= SMALL_BYTES else None
+        is_small = isinstance(c.payload, payload.Scalars) and spec.nbytes <= SMALL_BYTES
+        self._held[ref] = c if is_small else None
 
     def __getitem__(self, ref: str) -> Contribution:
         if (held := self._held.get(ref)) is not None:

@@ -234,7 +234,8 @@ class Method(Generic[S]):
         accepts: (assignment, payload) -> None, or why it cannot be an answer to it.
         aggregate: (state, parameters, round, contributions) -> (state, step payload).
             Consumes lazily, holds one update at a time; the caller orders by client.
-        apply: (parameters, round, step payload) -> new parameters, deterministic to the bit.
+        apply: (parameters, round, step payload) -> new parameters, deterministic to the bit;
+            they may be the step's own memory, and nobody writes to either.
         onto: which parameters ``apply`` wants: the previous step's, those that the run
             began with, or none, because the step replaces them.
         metrics: state -> figures of it that are worth a line in each round's record.

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from coordinator import eventlog, rounds, totals
+from coordinator import eventlog, results, rounds, totals
 from coordinator import events as kinds
 from coordinator.central import Central
 from coordinator.desk import SETTLE_SECONDS
@@ -56,7 +56,7 @@ from protocol.messages import (
 from protocol.messages import Beat as Heartbeat
 from protocol.meter import HANDSHAKE, Key, Way
 from protocol.noise import STREAM
-from protocol.parts import Cost, Progress, TensorInfo
+from protocol.parts import Cost, Progress, TensorInfo, Vitals
 from protocol.payload import Dense, Flat, ScalarsSpec
 from protocol.tcp import Growth
 from protocol.wire import VERSION, Frame
@@ -291,6 +291,21 @@ def two_nodes(run: Run) -> tuple[Peer, Peer, Peer]:
 
 
 # --- runs without faults ---------------------------------------------------------
+
+
+def test_a_run_is_read_whatever_the_texts_of_a_node_have_in_them(make: Make) -> None:
+    run = make()
+    a, *_ = two_nodes(run)
+    odd = "hot\u2028\u0085\n\r\x00 \u20ac"
+
+    def answer(task: Task) -> list[Said]:
+        update, data = a.update(task)
+        return [(msgspec.structs.replace(update, vitals=Vitals(throttled=odd)), data)]
+
+    a.answer = answer
+    run.finish()
+    (result,) = results.read(run.directory)
+    assert {node["node"]: node["throttled"] for node in result.nodes} == {"a": odd, "b": None}
 
 
 def test_what_is_saved_of_a_run_does_not_grow_with_its_rounds(make: Make) -> None:
