@@ -75,7 +75,7 @@ class Nothing:
         return rows
 
     def deal(self, mesh: Any) -> None:
-        raise NotImplementedError
+        raise NotImplementedError("no rank holds a part of a vector")
 
     def probe(self, batch_size: int) -> None:
         """There is nothing to infer."""
@@ -117,7 +117,7 @@ def be_node(endpoint: str, name: str, size: int) -> None:
 
 
 def be_coordinator(directory: Path, table: dict[str, Any]) -> None:
-    """``seedwire coordinator``, which says at its end what it has become."""
+    """``seedwire coordinator``; it fails if that has loaded torch."""
     from rich.console import Console
 
     from coordinator import run
