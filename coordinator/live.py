@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from msgspec import structs
 
 from coordinator import totals
 from coordinator.cohort import waited_for
@@ -134,12 +134,13 @@ class Live:
         ]
 
     def _member(self, member: Member) -> dict[str, Any]:
+        progress = member.progress
         return {
             "host": member.hello.host,
             "role": member.hello.role,
             "clients": list(member.hello.clients),
-            "doing": member.busy or "waiting",
-            "progress": msgspec.to_builtins(member.progress),
+            "doing": member.busy,
+            "progress": progress and structs.asdict(progress),
             "silent_seconds": self._server.now() - member.seen,
             "memory_bytes": dict(member.peaks),
         }

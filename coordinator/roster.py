@@ -28,7 +28,7 @@ class Member:
     meeting: Meeting = NOWHERE  # where other nodes meet it
     result: bytes = b""  # digest of what it has made of its last collective, and not yet applied
     busy: str = "loading"
-    progress: Progress | None = None  # of the task that it runs, as of its last beat
+    progress: Progress | None = None  # of the task that it runs, as it last said
     peaks: dict[str, int] = field(default_factory=dict)  # phase -> resident bytes
     allowance: Allowance = field(default_factory=Allowance)
     probe: float | None = None  # seconds of one inference, as it has measured before the run

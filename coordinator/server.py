@@ -167,6 +167,8 @@ class Server:
 
     def _handle(self, member: Member, message: Any, data: Frame | None) -> Iterator[Event]:
         match message:
+            case Beat(busy=""):
+                pass  # as before
             case Beat(busy=busy, progress=progress):
                 member.busy, member.progress = busy, progress
             case Ready() if member.version is None:
@@ -205,7 +207,7 @@ class Server:
     def _ready(self, member: Member, ready: Ready, data: Frame | None) -> Iterator[Event]:
         member.add_costs(ready.costs)
         self.desk.roster.probed(member, ready.costs)
-        member.space, member.busy = ready.space, ""
+        member.space, member.busy, member.progress = ready.space, "waiting", None
         if not member.trains and self.central is None:
             self._found(ready, data)
         member.version, member.digest = ready.version, ready.digest

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from node.address import facing
+from node.beats import Beats
 from node.engine import Engine, Outcome, Setup
 from node.machine import Machine
 from node.uploads import Uploads
@@ -124,6 +125,7 @@ class Session:
         self._is_in = False  # logged in on this connection
         self._heard = self._lost_at = time.monotonic()
         self._beat_at = 0.0
+        self._beats = Beats()
         self._backoff = 0.5
         self._jobs: deque[_Job] = deque()
         self._outbox, self._inbox = Outbox(), Inbox[_Job](time.monotonic)
@@ -179,7 +181,7 @@ class Session:
         if self._is_in and now >= self._beat_at + self._nodes.heartbeat_seconds:
             self._beat_at = now
             e = self._engine
-            self._send(Beat(busy=e.busy, progress=e.progress) if e else Beat())
+            self._send(self._beats.next(e.busy or "waiting", e.progress, now) if e else Beat())
         patience = self._nodes.patience_seconds if self._is_in else self._backoff
         is_closed = self._dealer.lost_one() and self._is_in
         if is_closed or now >= self._heard + patience:
@@ -257,7 +259,7 @@ class Session:
                 self._finished, self._is_in = finished, False
 
     def _welcome(self, welcome: Welcome) -> None:
-        self._is_in, self._backoff = True, 0.5
+        self._is_in, self._backoff, self._beats = True, 0.5, Beats()
         experiment = experiments.convert(welcome.experiment, "experiment from the coordinator")
         self._nodes = experiment.nodes
         if self._engine is None or welcome.run != self._run_id:

@@ -42,7 +42,10 @@ class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Beat(Message, frozen=True, kw_only=True, tag="beat"):
-    """I am alive.  A node adds what it is busy with, and how far the task is that it runs."""
+    """I am alive.  A node adds what it is busy with, and how far its task is, if that is news.
+
+    Without ``busy`` all is as the last beat that had it said.
+    """
 
     busy: Text = ""
     progress: Progress | None = None

@@ -116,7 +116,7 @@ class Exchanged(Struct, frozen=True, kw_only=True, omit_defaults=True):
     resent: Size | None = None
 
 
-class Progress(Struct, frozen=True, kw_only=True):
+class Progress(Struct, frozen=True, kw_only=True, array_like=True):
     """How far a task is, in mini-batches."""
 
     round: RoundNumber

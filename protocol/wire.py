@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-VERSION = 3
+VERSION = 4
 MAX_BODY_BYTES = 1 << 20
 MAX_INLINE_BYTES = 1 << 20  # a larger payload is pulled in chunks (protocol.blobs)
 MAX_FRAMES = 3

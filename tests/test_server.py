@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -828,21 +829,25 @@ def test_who_trains_for_ten_minutes_is_never_taken_for_dead(make: Make) -> None:
     run.net.max_silences = 10_000
     for tick in range(500):
         for peer in (a, b, evaluator):
-            far = Progress(round=1, client=2, done=tick, total=500) if peer is b else None
-            beat = to_coordinator.pack(Heartbeat(busy="round 1, client 2", progress=far))
-            run.net.deliver(1.5 * tick, peer.peer, beat)
-    seen: list[Progress] = []
+            far = Progress(round=1, client=2, done=tick, total=500)
+            is_news = peer is b and tick % 5 == 4
+            beat = Heartbeat(busy="round 1, client 2", progress=far) if is_news else Heartbeat()
+            run.net.deliver(1.5 * tick, peer.peer, to_coordinator.pack(beat))
+    seen: list[tuple[str, int]] = []
 
     def training() -> bool:
-        seen.extend(m.progress for m in run.server.desk.roster if m.name == "b" and m.progress)
+        now = (m for m in run.server.desk.roster if m.name == "b")
+        seen.extend((m.busy, m.progress.done if m.progress else -1) for m in now)
         return run.server.finished is not None
 
     run.until(training)
     run.finish()
     assert run.net.now > 600
     assert run.events(kinds.NodeLost) == []
-    assert [p.done for p in seen] == sorted(p.done for p in seen)
-    assert len({p.done for p in seen}) > 300
+    told = list(dropwhile(lambda said: said[1] < 0, seen))
+    assert told == sorted(told)  # and nothing forgotten
+    assert {busy for busy, _ in told} == {"round 1, client 2"}
+    assert len(set(told)) > 60
 
 
 def test_a_strangers_closed_connection_loses_nobody(make: Make) -> None:

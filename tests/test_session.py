@@ -299,10 +299,27 @@ def test_a_heartbeat_says_what_it_is_busy_with_while_it_works(c: Coordinator) ->
     c.expect(Ready)
     c.say(task())
     assert block.entered.wait(WITHIN_SECONDS)
-    while (beat := c.expect(Beat)[0]).busy != "round 1, client 0":
-        assert beat.busy in ("", "round 1, client 0")
+    while not (beat := c.expect(Beat)[0]).busy.startswith("round"):
+        assert beat.busy in ("", "loading", "waiting")
+    assert beat.busy == "round 1, client 0"
+    assert c.expect(Beat)[0] == Beat()  # nothing new
     block.go_on.set()
     c.expect(Update)
+    while (beat := c.expect(Beat)[0]) == Beat():
+        pass
+    assert beat == Beat(busy="waiting")
+    c.dismiss()
+
+
+def test_after_another_login_a_beat_says_anew_what_it_does(c: Coordinator) -> None:
+    c.start().welcome(heartbeat_seconds=0.05, patience_seconds=60.0)
+    c.expect(Ready)
+    while c.expect(Beat)[0].busy != "waiting":
+        pass
+    c.say(Refuse(code="login", reason="log in first"))  # as one that was started again says
+    c.welcome(heartbeat_seconds=0.05, patience_seconds=60.0)
+    c.expect(Ready)
+    assert c.expect(Beat)[0].busy == "waiting"
     c.dismiss()
 
 
