@@ -136,7 +136,7 @@ def missing() -> str | None:
     return f"install {', '.join(absent)}" if absent else impossible()
 
 
-def _name(directory: Path) -> str:
+def label(directory: Path) -> str:
     """What all of a lab is named by, in 13 letters: a network device may have 15."""
     digest = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()
     return f"swlab{digest[:8]}"
@@ -144,11 +144,11 @@ def _name(directory: Path) -> str:
 
 def _network(lab: Lab | None, directory: Path) -> Network:
     hosts = {each.name: each.address for each in lab.hosts} if lab else {}
-    return Network(_name(directory), hosts, lab.bits if lab else 0, lab.here if lab else "")
+    return Network(label(directory), hosts, lab.bits if lab else 0, lab.here if lab else "")
 
 
 def _build(lab: Lab, directory: Path, say: Say) -> None:
-    groups, network = Groups(_name(directory)), _network(lab, directory)
+    groups, network = Groups(label(directory)), _network(lab, directory)
     files = {each.name: directory / "hosts" / each.name for each in lab.hosts}
     entry.make_keys(directory, files)
     for each in lab.hosts:
@@ -175,9 +175,9 @@ def _build(lab: Lab, directory: Path, say: Say) -> None:
 
 def _remove(directory: Path) -> None:
     """All of it; the record last, so that who is killed here can be followed by another."""
-    Groups(_name(directory)).remove()  # first its processes
+    Groups(label(directory)).remove()  # first its processes
     _network(None, directory).tear_down()
-    Groups(_name(directory)).remove()  # one that was on its way into both
+    Groups(label(directory)).remove()  # one that was on its way into both
     if directory.exists():
         for path in [*directory.iterdir(), directory]:
             if path.name != RECORD:
@@ -194,7 +194,7 @@ def _opened(directory: Path, name: str | None = None) -> tuple[Lab, Network, Gro
     names = [each.name for each in lab.hosts]
     if name is not None and name not in names:
         raise LabError(f"no host {name}: there are {', '.join(names)}")
-    return lab, _network(lab, directory), Groups(_name(directory))
+    return lab, _network(lab, directory), Groups(label(directory))
 
 
 def _check_machine() -> None:

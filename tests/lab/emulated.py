@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.lab.lab import missing
+from deploy.lab.lab import label, missing
 
 # two tests at once, of two people, do not meet
 NETWORK = f"10.{64 + os.getpid() % 64}.{os.getpid() // 64 % 256}.0/24"
@@ -57,21 +57,21 @@ class Emulated:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
+    def things(self) -> set[str]:
+        """What it has on this machine, or has left there, in its names."""
+        ours = f"{label(self.directory)}*"
+        found = {f"namespace {p.name}" for p in Path("/run/netns").glob(ours)}
+        found |= {f"link {p.name}" for p in Path("/sys/class/net").glob(ours)}
+        for pattern in ("*", "*/*", "*/*/*"):
+            groups = Path("/sys/fs/cgroup").glob(f"{pattern}/{ours}")
+            found |= {f"group {p}" for p in groups if p.is_dir()}
+        return found
+
     def row(self, host: str) -> dict[str, str]:
         """A host's line of ``lab status``, by the table's head."""
         lines = self.seedwire("status").stdout.replace(" MB", "MB").splitlines()
         rows = [dict(zip(lines[0].split(), line.split(), strict=True)) for line in lines[1:]]
         return next(row for row in rows if row["host"] == host)
-
-
-def things() -> set[str]:
-    """What a lab could leave on this machine, in its names."""
-    found = {f"namespace {p.name}" for p in Path("/run/netns").glob("swlab*")}
-    found |= {f"link {p.name}" for p in Path("/sys/class/net").glob("swlab*")}
-    for pattern in ("*", "*/*", "*/*/*"):
-        groups = Path("/sys/fs/cgroup").glob(f"{pattern}/swlab*")
-        found |= {f"group {p}" for p in groups if p.is_dir()}
-    return found
 
 
 def is_alive(process: psutil.Process) -> bool:
