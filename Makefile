@@ -36,7 +36,7 @@ test: setup
 
 # An emulated cluster, its limits, and runs over SSH on it; needs root, and says so.
 lab: setup
-	$(BIN)/pytest -m lab tests/lab
+	$(BIN)/pytest -m lab -n 2 --dist loadfile tests/lab
 
 # Every process killed at every phase, then 200 kills at random; the last line is the count.
 soak: setup

@@ -57,7 +57,7 @@ from protocol.messages import (
     Update,
 )
 from protocol.meter import zmtp_bytes
-from protocol.parts import Cost, Phase, TensorInfo
+from protocol.parts import Cost, Phase, Progress, TensorInfo
 from protocol.payload import Blocks, Dense, Payload, Run, Scalars, Sparse, Spec, encode, spec_of
 from protocol.process import INTERRUPTED
 
@@ -146,7 +146,7 @@ def test_the_noise_page_has_the_name_of_the_stream() -> None:
 VALUES = np.array([1.0, -2.0, 0.5], np.float32)
 ROUNDING = noise.key("rounding", 1, 2, 3)
 GOLDEN: dict[str, Message | Payload] = {
-    "beat": Beat(),
+    "beat": Beat(busy="round 1, client 2", progress=Progress(round=1, client=2, done=1, total=9)),
     "hello": Hello(node="pi-1", software="0.1.0", stream=noise.STREAM, clients=(0, 1)),
     "enroll": Enroll(node="pi-1", key=bytes(range(32))),
     "enrolled": Enrolled(),

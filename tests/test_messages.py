@@ -474,4 +474,4 @@ STEP_FIELDS = {"version": 1, "round": 1, "digest": bytes(16)}
 )
 def test_golden_bytes(message: Message, golden: str) -> None:
     frames = ALL.pack(message, buffer_for(message))
-    assert (frames[0], bytes(frames[1]).hex()) == (b"\x03", golden)
+    assert (frames[0], bytes(frames[1]).hex()) == (b"\x04", golden)
