@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fedalgos.limits import Limit, Takes, TakesOf
 from fedalgos.method import Assignment, Batch, Contribution, Mean, Oracle, Plan, Vector
-from fedalgos.optim import Local, Moments, Server, local_steps, server_step
+from fedalgos.optim import Local, Moments, Server, joined, local_steps, server_step
 from fedalgos.space import ParamSpace, pieces
 from protocol.errors import ExperimentError
 from protocol.parts import TensorInfo
@@ -248,16 +248,24 @@ def server_steps(
     Raises:
         ValueError: no means; a round below quorum must not reach here.
     """
-    moments, new = dict(s.moments), {}
+    moments, new, moved = dict(s.moments), np.empty_like(x), []
     for u, mean in means:
-        old = x[space.units[u].start : space.units[u].stop]
-        delta = np.empty_like(old)
-        for piece in pieces(len(old)):
-            delta[piece] = mean[piece] - old[piece]
-        del mean  # in float64: the largest of them
-        moments[u], value = server_step(o, moments.get(u, Moments()), old, delta)
-        new[u] = value.astype(np.float32, copy=False)
-    if not new:
+        place = slice(space.units[u].start, space.units[u].stop)
+        start = moments.get(u, Moments())
+        moments[u] = _unit_step(o, start, x[place], mean, new[place])
+        moved.append(u)
+        del mean  # in float64: the largest there is
+    if not moved:
         raise ValueError("mean of no updates")
-    units = () if len(new) == len(space.units) else tuple(new)
-    return State(moments), Dense(np.concatenate(list(new.values())), units)
+    units = () if len(moved) == len(space.units) else tuple(moved)
+    return State(moments), Dense(space.of_units(new, units), units)
+
+
+def _unit_step(o: Server, s: Moments, x: Flat, mean: npt.NDArray[np.float64], new: Flat) -> Moments:
+    """One unit's step, into ``new``: piece by piece, so that what lies between takes no memory."""
+    parts = []
+    for piece in pieces(len(x)):
+        delta = (mean[piece] - x[piece]).astype(np.float32)
+        part, new[piece] = server_step(o, s.part(piece), x[piece], delta)
+        parts.append(part)
+    return joined(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 from fedalgos.fedavg import FedAvg, fedavg
 from fedalgos.method import Assignment, Contribution, mean_of
-from fedalgos.optim import Moments, Sgd, Yogi
-from fedalgos.space import ParamSpace
+from fedalgos.optim import Adam, AdamW, Moments, Server, Sgd, Yogi, server_step
+from fedalgos.space import PIECE, ParamSpace
 from fedalgos.split import (
     Head,
     State,
@@ -291,6 +292,23 @@ def test_untouched_units_keep_value_and_moments() -> None:
     assert after.moments[0] is before.moments[0]
     assert after.moments[1].steps == 7
     assert before.moments[1].steps == 6
+
+
+@pytest.mark.parametrize(
+    "o", [Sgd(lr=0.5), Sgd(lr=0.5, momentum=0.9), AdamW(lr=0.1), Adam(), Yogi()]
+)
+def test_a_step_in_pieces_has_the_bits_of_one_in_whole(o: Server) -> None:
+    size = 2 * PIECE + 3
+    x, mean = np.random.default_rng(1).standard_normal((2, size))
+    x = x.astype(np.float32)
+    s, all_, state = Moments(), x, State({})
+    for _ in range(3):  # with moments of before, too
+        before = all_
+        s, all_ = server_step(o, s, before, (mean - before).astype(np.float32))
+        state, step = server_steps(o, space_of(size), state, before, [(0, mean)])
+        assert step.values.tobytes() == all_.astype(np.float32).tobytes()
+        for ours, theirs in zip(astuple(state.moments[0]), astuple(s), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_step_of_nothing_is_refused() -> None:
