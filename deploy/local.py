@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,11 @@ class Plan:
     keys: Path = Path()
 
     @property
+    def state(self) -> Path:
+        """What nodes keep for a restart, by name; gone once the run is over."""
+        return self.directory / "state"
+
+    @property
     def token(self) -> Path:
         """The file by which the nodes enrol."""
         return self.keys / "token"
@@ -77,7 +83,9 @@ def run(plan: Plan, say: Say) -> int:
         token = ["keys", "token", "--keys", keys, "--uses", str(plan.nodes), "--valid", "1d"]
         made = start(["seedwire", *token, "--out", str(plan.token)], None)
         try:
-            return made.wait() or _run(plan, say)
+            if (code := made.wait() or _run(plan, say)) == 0:
+                shutil.rmtree(plan.state, ignore_errors=True)  # each node's is as large as x
+            return code
         finally:
             stop([made])
 
@@ -124,7 +132,7 @@ def _start_node(plan: Plan, name: str, clients: str, endpoint: str) -> subproces
     threads = plan.threads or max(1, (os.cpu_count() or 1) // plan.nodes)
     command = ["node", "--coordinator", endpoint, "--name", name, "--clients", clients]
     command += ["--threads", str(threads), "--lifeline"]
-    command += ["--state", str(plan.directory / "state" / name)]
+    command += ["--state", str(plan.state / name)]
     command += ["--keys", str(plan.keys), "--token-file", str(plan.token)]
     return start(command, _log(plan.directory, name))
 

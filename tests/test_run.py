@@ -85,6 +85,7 @@ def run(experiment: Path, directory: Path, *overrides: str, nodes: int = 2) -> d
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not (directory / "state").exists()  # of the size of the model, for each node
     summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
     return summary
 
@@ -368,3 +369,4 @@ def test_stop_ends_a_run_in_order_and_leaves_no_process_behind(
     live = json.loads((directory / "status.json").read_text())
     assert {"node-0", "node-1", "evaluator"} == {node["node"] for node in live["nodes"]}
     assert listed()["state"] == "stopped"
+    assert (directory / "state" / "node-0").is_dir()  # it can be resumed
