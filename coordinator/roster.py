@@ -12,6 +12,7 @@ from protocol.noise import STREAM
 from protocol.parts import Cost, Limits, Meeting, Progress
 from protocol.wire import Peer
 
+LOADING_PATIENCE = 10.0  # times that of a node that is ready
 NOWHERE = Meeting(address="", port=1)
 
 
@@ -56,6 +57,14 @@ class Member:
         """Whether it trains, and has answered all it was asked."""
         a = self.allowance
         return self.trains and self.version is not None and a.answers >= a.asked
+
+    def is_silent(self, now: float, patience_seconds: float) -> bool:
+        """Whether it has said nothing for too long.
+
+        While it loads it may for longer: libraries do not let its other threads talk meanwhile.
+        """
+        times = 1.0 if self.version is not None else LOADING_PATIENCE
+        return now - self.seen > times * patience_seconds
 
     def add_costs(self, costs: tuple[Cost, ...]) -> None:
         """Keep each phase's highest resident peak, for the live view and the summary."""
@@ -158,4 +167,4 @@ class Roster:
 
     def silent(self, now: float, patience_seconds: float) -> list[Member]:
         """Members that have said nothing for too long."""
-        return [m for m in self if now - m.seen > patience_seconds]
+        return [m for m in self if m.is_silent(now, patience_seconds)]

@@ -850,6 +850,17 @@ def test_who_trains_for_ten_minutes_is_never_taken_for_dead(make: Make) -> None:
     assert len(set(told)) > 60
 
 
+def test_who_loads_may_be_silent_for_ten_times_as_long(make: Make) -> None:
+    run = make(nodes={"heartbeat_seconds": 1.0, "patience_seconds": 3.0})
+    for peer in (Peer(run, "a", 0, 1), Peer(run, "b", 2, 3), Peer(run, "evaluator")):
+        peer.delay = 1000.0  # until it is ready
+        peer.login()
+    run.until(lambda: run.net.now > 29.9)
+    assert len(list(run.server.desk.roster)) == 3
+    run.until(lambda: run.net.now > 30.5)
+    assert list(run.server.desk.roster) == []
+
+
 def test_a_strangers_closed_connection_loses_nobody(make: Make) -> None:
     run = make(rounds={"count": 1})
     two_nodes(run)
