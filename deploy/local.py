@@ -17,10 +17,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+NODE = "node-{}"
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.1
 MAX_RESTARTS = 3  # of one node that is killed
@@ -84,7 +86,7 @@ def run(plan: Plan, say: Say) -> int:
         made = start(["seedwire", *token, "--out", str(plan.token)], None)
         try:
             if (code := made.wait() or _run(plan, say)) == 0:
-                shutil.rmtree(plan.state, ignore_errors=True)  # each node's is as large as x
+                _forget(plan)
             return code
         finally:
             stop([made])
@@ -110,6 +112,14 @@ def _run(plan: Plan, say: Say) -> int:
         return _follow(cluster, plan, announced["endpoint"], say)
     finally:
         stop([cluster.coordinator, *(node.process for node in cluster.nodes.values())])
+
+
+def _forget(plan: Plan) -> None:
+    """Remove what the nodes kept for a restart: of each as much as all that is trained."""
+    for i in range(plan.nodes):
+        shutil.rmtree(plan.state / NODE.format(i), ignore_errors=True)
+    with suppress(OSError):  # not there, or something of somebody else is in it
+        plan.state.rmdir()
 
 
 def start(arguments: list[str], log: Path | None) -> subprocess.Popen[bytes]:
@@ -158,7 +168,7 @@ def _deal(clients: int, nodes: int) -> dict[str, str]:
     nodes = min(nodes, clients)
     bounds = [clients * i // nodes for i in range(nodes + 1)]
     spans = itertools.pairwise(bounds)
-    return {f"node-{i}": f"{a}-{b - 1}" for i, (a, b) in enumerate(spans)}
+    return {NODE.format(i): f"{a}-{b - 1}" for i, (a, b) in enumerate(spans)}
 
 
 def _follow(cluster: Cluster, plan: Plan, endpoint: str, say: Say) -> int:

@@ -117,13 +117,6 @@ class Moments:
         return replace(self, m=m, v=v)
 
 
-def joined(parts: Sequence[Moments]) -> Moments:
-    """Those of all parameters, of those of each part after as many steps."""
-    m = None if parts[0].m is None else np.concatenate([p.m for p in parts])
-    v = None if parts[0].v is None else np.concatenate([p.v for p in parts])
-    return replace(parts[0], m=m, v=v)
-
-
 def server_step(o: Server, s: Moments, x: A, delta: A) -> tuple[Moments, A]:
     """One server step from ``x`` along the pseudo-gradient ``-delta`` = x - mean.
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fedalgos.limits import Limit, Takes, TakesOf
 from fedalgos.method import Assignment, Batch, Contribution, Mean, Oracle, Plan, Vector
-from fedalgos.optim import Local, Moments, Server, joined, local_steps, server_step
+from fedalgos.optim import Local, Moments, Server, local_steps, server_step
 from fedalgos.space import ParamSpace, pieces
 from protocol.errors import ExperimentError
 from protocol.parts import TensorInfo
@@ -263,9 +263,13 @@ def server_steps(
 
 def _unit_step(o: Server, s: Moments, x: Flat, mean: npt.NDArray[np.float64], new: Flat) -> Moments:
     """One unit's step, into ``new``: piece by piece, so that what lies between takes no memory."""
-    parts = []
+    made: dict[str, Flat] = {}
     for piece in pieces(len(x)):
         delta = (mean[piece] - x[piece]).astype(np.float32)
         part, new[piece] = server_step(o, s.part(piece), x[piece], delta)
-        parts.append(part)
-    return joined(parts)
+        for name, moment in (("m", part.m), ("v", part.v)):
+            if moment is not None:
+                if name not in made:
+                    made[name] = np.empty_like(x)
+                made[name][piece] = moment
+    return Moments(**made, steps=s.steps + 1)

@@ -210,7 +210,8 @@ class Nodes(Section, frozen=True, kw_only=True):
 
     Attributes:
         heartbeat_seconds: how often both sides say they are alive.
-        patience_seconds: silence after which the other side counts as lost.
+        patience_seconds: silence after which the other side counts as lost; ten times as long
+            is given to a node that still loads.
         return_seconds: how long an open round waits for a lost node to come back.
         start_clients: clients that must be hosted before round 1; 0 means all.
     """

@@ -1,4 +1,4 @@
-"""The typed messages of protocol version 3, one union per direction.
+"""The typed messages of protocol version 4, one union per direction.
 
 ``docs/protocol.md`` is the specification and carries its own version number; this
 module implements it, and ``protocol.channel`` packs what is said here.

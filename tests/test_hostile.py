@@ -13,6 +13,7 @@ from fedalgos.method import Assignment, Work
 from protocol.blobs import CHUNK_BYTES
 from protocol.channel import to_coordinator
 from protocol.messages import Beat, Failed, Pull, Refuse, Reject, Score, Sync, Task
+from protocol.wire import VERSION
 from tests.oracles import Quadratic
 from tests.test_server import AVG, LARGE, MEZO, Make, Peer, Run, Said, make, two_nodes
 
@@ -150,7 +151,7 @@ def test_reasons_that_quote_what_a_peer_made_up_do_not_fill_the_account(make: Ma
 def test_what_is_too_large_for_a_login_is_not_read_from_a_stranger(make: Make) -> None:
     run = make()
     body = b"\x00" * (limits.MAX_HELLO_BYTES + 1)
-    run.net.deliver(0.0, b"stranger", [b"\x03", body])
+    run.net.deliver(0.0, b"stranger", [bytes([VERSION]), body])
     run.server.turn(0.0)
     assert run.net.sent == []
     assert run.recorder.account.num_rejected == {"bad message": 1}

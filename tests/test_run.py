@@ -85,7 +85,7 @@ def run(experiment: Path, directory: Path, *overrides: str, nodes: int = 2) -> d
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not (directory / "state").exists()  # of the size of the model, for each node
+    assert not [*directory.glob("state/node-*")]  # each of the size of all that is trained
     summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
     return summary
 
@@ -161,11 +161,14 @@ def test_fedmezo_as_scalars_and_as_weights_ends_with_the_same_digest(
     method = 'method={name="fedmezo", lr=0.05, eps=0.01, steps=3, batch_size=4, wire="%s", '
     method += 'signal="round-wise"}'
     ends = {}
+    (tmp_path / "scalars" / "state" / "mine").mkdir(parents=True)  # what is not ours stays
     for wire in ("scalars", "weights"):
         ends[wire] = run(experiment, tmp_path / wire, method % wire, "rounds.count=3", nodes=1)
     scalars, weights = ends["scalars"], ends["weights"]
     assert scalars["digest"] == weights["digest"]
     assert scalars["loss"] == weights["loss"]
+    assert (tmp_path / "scalars" / "state" / "mine").is_dir()
+    assert not (tmp_path / "weights" / "state").exists()
     lora = load_file(tmp_path / "scalars" / "model" / "adapter_model.safetensors")
     moved = [np.abs(x).max() for name, x in lora.items() if "lora_B" in name]
     assert max(moved) > 1e-3  # B starts at zero: the two did not agree by standing still
