@@ -253,6 +253,9 @@ class Experiment(Section, frozen=True, kw_only=True):
     budget: Budget = Budget()
 
 
+msgspec.json.Decoder(Experiment)  # two threads that are first to decode a type crash msgspec
+
+
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     """Read an experiment file and apply ``--set section.key=value`` overrides.
 

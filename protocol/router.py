@@ -179,6 +179,10 @@ class Router:
             if owner is not None:
                 self._connections.forget(peer)
             return False
+        except BaseException:  # a signal between two frames: what is sent next would be its end
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send(b"", zmq.NOBLOCK)
+            raise
         if owner is not None:
             self._take_events()  # that it was accepted may not have been heard yet
             self._strangers.pop(peer.fd, None)

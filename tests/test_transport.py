@@ -396,3 +396,27 @@ def _next(router: Router) -> tuple[Peer, list[bytes]]:
             return got
         assert router.lost_one(), "nothing came"
     pytest.fail("nothing came")
+
+
+def test_a_signal_between_two_frames_spoils_its_own_message_only(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = ends.router(None)
+    dealer = ends.dealer(router, None)
+    assert dealer.send([b"\x04", b"body"])
+    got = router.recv(WITHIN_SECONDS)
+    assert got is not None
+    whole = zmq.Socket.send_multipart
+
+    def interrupted(self: zmq.Socket[bytes], frames: list[bytes], *_: object, **__: object) -> None:
+        for frame in frames[:-1]:
+            self.send(frame, zmq.SNDMORE)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zmq.Socket, "send_multipart", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        router.send(got[0], [b"\x04", b"cut short"])
+    monkeypatch.setattr(zmq.Socket, "send_multipart", whole)
+    assert router.send(got[0], [b"\x04", b"goodbye"])
+    assert dealer.recv(WITHIN_SECONDS) == [b"\x04", b""]
+    assert dealer.recv(WITHIN_SECONDS) == [b"\x04", b"goodbye"]
