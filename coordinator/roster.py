@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from coordinator.limits import Allowance
 from fedalgos.limits import ENDLESS, MANY, Limit
-from protocol.messages import Hello, Refuse
+from protocol.messages import LOADING, Hello, Refuse
 from protocol.noise import STREAM
 from protocol.parts import Cost, Limits, Meeting, Progress
 from protocol.wire import Peer
@@ -28,7 +28,7 @@ class Member:
     digest: bytes = b""  # of its parameters, as it said or as it was sent them
     meeting: Meeting = NOWHERE  # where other nodes meet it
     result: bytes = b""  # digest of what it has made of its last collective, and not yet applied
-    busy: str = "loading"
+    busy: str = LOADING
     progress: Progress | None = None  # of the task that it runs, as it last said
     peaks: dict[str, int] = field(default_factory=dict)  # phase -> resident bytes
     allowance: Allowance = field(default_factory=Allowance)

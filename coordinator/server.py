@@ -37,7 +37,19 @@ from coordinator.record import RunRecorder
 from coordinator.roster import NOWHERE, Member, Roster
 from coordinator.state import Evaluating, Finished, State
 from fedalgos.method import unchanged
-from protocol.messages import Beat, Bye, Failed, Hello, Ready, Reduced, Score, Sync, Update, Welcome
+from protocol.messages import (
+    WAITING,
+    Beat,
+    Bye,
+    Failed,
+    Hello,
+    Ready,
+    Reduced,
+    Score,
+    Sync,
+    Update,
+    Welcome,
+)
 from protocol.wire import Frame, RemoteProtocolError
 
 log = logging.getLogger(__name__)
@@ -173,8 +185,8 @@ class Server:
                 member.busy, member.progress = busy, progress
             case Ready() if member.version is None:
                 yield from self._ready(member, message, data)
-            case Ready():
-                pass  # said twice in one login: when the first was on its way as it was asked
+            case Ready():  # twice in one login: when the first was on its way as it was asked
+                member.busy, member.progress = WAITING, None
             case Update():
                 self._answered(member, message.client)
                 yield self._update(member, message, data)
@@ -207,7 +219,7 @@ class Server:
     def _ready(self, member: Member, ready: Ready, data: Frame | None) -> Iterator[Event]:
         member.add_costs(ready.costs)
         self.desk.roster.probed(member, ready.costs)
-        member.space, member.busy, member.progress = ready.space, "waiting", None
+        member.space, member.busy, member.progress = ready.space, WAITING, None
         if not member.trains and self.central is None:
             self._found(ready, data)
         member.version, member.digest = ready.version, ready.digest

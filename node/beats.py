@@ -11,10 +11,14 @@ PROGRESS_SECONDS = 10.0  # between two beats that say how far one task is
 
 
 class Beats:
-    """The beats of one login: what they have said the coordinator keeps until the next login."""
+    """The beats since a login, or since ``ready``.
 
-    def __init__(self) -> None:
-        self._told, self._told_at = "", -math.inf
+    Args:
+        known: what the coordinator takes the node to be doing, without a word.
+    """
+
+    def __init__(self, known: str) -> None:
+        self._told, self._told_at = known, -math.inf
 
     def next(self, busy: str, progress: Progress | None, now: float) -> Beat:
         """The beat of a node that does ``busy`` and is so far; ``now`` in seconds."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from protocol.experiment import Experiment
-from protocol.messages import Message, Ready, Reduce, Task
+from protocol.messages import LOADING, Message, Ready, Reduce, Task
 from protocol.parts import Limits, Progress
 from protocol.wire import Frame
 
@@ -126,7 +126,7 @@ class Engine:
         wake: Callable[[], None],
         make: Make = _worker,
     ) -> None:
-        self.busy = "loading"
+        self.busy = LOADING
         self.progress: Progress | None = None
         self.ready: Outcome | None = None
         self._jobs: queue.SimpleQueue[tuple[Message, Frame | None] | None] = queue.SimpleQueue()

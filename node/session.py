@@ -32,6 +32,8 @@ from protocol.errors import NetworkError, RefusedError
 from protocol.experiment import Nodes
 from protocol.keys import Identity
 from protocol.messages import (
+    LOADING,
+    WAITING,
     Beat,
     Bye,
     Carrier,
@@ -125,7 +127,7 @@ class Session:
         self._is_in = False  # logged in on this connection
         self._heard = self._lost_at = time.monotonic()
         self._beat_at = 0.0
-        self._beats = Beats()
+        self._beats = Beats(LOADING)
         self._backoff = 0.5
         self._jobs: deque[_Job] = deque()
         self._outbox, self._inbox = Outbox(), Inbox[_Job](time.monotonic)
@@ -181,7 +183,7 @@ class Session:
         if self._is_in and now >= self._beat_at + self._nodes.heartbeat_seconds:
             self._beat_at = now
             e = self._engine
-            self._send(self._beats.next(e.busy or "waiting", e.progress, now) if e else Beat())
+            self._send(self._beats.next(e.busy or WAITING, e.progress, now) if e else Beat())
         patience = self._nodes.patience_seconds if self._is_in else self._backoff
         is_closed = self._dealer.lost_one() and self._is_in
         if is_closed or now >= self._heard + patience:
@@ -259,7 +261,7 @@ class Session:
                 self._finished, self._is_in = finished, False
 
     def _welcome(self, welcome: Welcome) -> None:
-        self._is_in, self._backoff, self._beats = True, 0.5, Beats()
+        self._is_in, self._backoff, self._beats = True, 0.5, Beats(LOADING)
         experiment = experiments.convert(welcome.experiment, "experiment from the coordinator")
         self._nodes = experiment.nodes
         if self._engine is None or welcome.run != self._run_id:
@@ -325,7 +327,9 @@ class Session:
             message, data = msgspec.structs.replace(message, blob=blob), None
         began = time.monotonic()
         self._send(message, data)
-        if isinstance(message, Update):
+        if isinstance(message, Ready):
+            self._beats = Beats(WAITING)
+        elif isinstance(message, Update):
             self._uploads.began(began, message.blob)
             if message.blob is not None:
                 self._offered = {p: b for p, b in self._offered.items() if self._outbox.holds(b)}

@@ -41,10 +41,13 @@ class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
 # --- both ways -------------------------------------------------------------------
 
 
+LOADING, WAITING = "loading", "waiting"  # what a node does up to its ``ready``, and from then on
+
+
 class Beat(Message, frozen=True, kw_only=True, tag="beat"):
     """I am alive.  A node adds what it is busy with, and how far its task is, if that is news.
 
-    Without ``busy`` all is as the last beat that had it said.
+    Without ``busy`` all is as the last beat that had it said, or as is understood at ``ready``.
     """
 
     busy: Text = ""

@@ -12,20 +12,21 @@ def far(done: int) -> Progress:
     return Progress(round=1, client=2, done=done, total=9)
 
 
-def test_the_first_beat_says_what_the_node_does_and_the_next_ones_nothing() -> None:
-    beats = Beats()
-    assert beats.next("loading", None, 0.0) == Beat(busy="loading")
+def test_what_the_coordinator_knows_is_not_said() -> None:
+    beats = Beats("loading")
+    assert beats.next("loading", None, 0.0) == Beat()
     assert beats.next("loading", None, 1e6) == Beat()
+    assert beats.next("waiting", None, 1e6) == Beat(busy="waiting")
 
 
 def test_what_changes_is_said_at_once_and_so_is_a_return_to_it() -> None:
-    beats = Beats()
+    beats = Beats("waiting")
     said = [beats.next(busy, None, 0.0).busy for busy in ("waiting", "a", "a", "waiting", "a")]
-    assert said == ["waiting", "a", "", "waiting", "a"]
+    assert said == ["", "a", "", "waiting", "a"]
 
 
 def test_the_progress_of_one_task_is_said_now_and_then() -> None:
-    beats = Beats()
+    beats = Beats("waiting")
     assert beats.next("task", far(1), 100.0) == Beat(busy="task", progress=far(1))
     assert beats.next("task", far(2), 100.0 + PROGRESS_SECONDS - 0.1) == Beat()
     assert beats.next("task", far(3), 100.0 + PROGRESS_SECONDS) == Beat(
